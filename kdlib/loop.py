@@ -1,0 +1,418 @@
+"""The one training loop. It knows tensors, modules and a loss; neither recipes nor disks.
+
+A `Stack` of networks trains in the same loop as one network: its weights, its batches and
+its losses have one more dimension, the run, in front.
+
+Randomness is a function of a seed and a position, never of what was drawn before: the order
+of pass p, its jitter, the dropout from step s on. So an interrupted training goes on from
+its weights and its step alone.
+"""
+
+import contextlib
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from kdlib.data import to_input, translate
+
+Loss = Callable[..., Tensor]
+Curves = dict[str, list[Any]]  # "step" and, report by report, a value (for a Stack a list)
+PRECISIONS = ("fp32", "bf16", "tf32", "fp64")
+BLOCK = 512  # steps whose samples are drawn at once
+
+
+class Stack(nn.Module):
+    """Networks of one architecture as one module: weights (runs, …), inputs (runs, N, …).
+
+    forward gives (runs, N, classes). With shared=True all runs see the same inputs (N, …).
+    Raises ValueError for networks with buffers, such as batch normalisation has.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.runs = len(networks)
+        weights, buffers = stack_module_state(list(networks))
+        if buffers:
+            raise ValueError(
+                f"{type(networks[0]).__name__} has buffers ({', '.join(buffers)}), which a "
+                "stack would mix up: train such networks one at a time"
+            )
+        self.names = list(weights)
+        self.weights = nn.ParameterList(weights.values())
+        self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)  # a tuple: no submodule
+
+    def forward(self, inputs: Tensor, shared: bool = False) -> Tensor:
+        (skeleton,) = self._skeleton
+        skeleton.train(self.training)
+
+        def one(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
+            return functional_call(skeleton, weights, (batch,))  # type: ignore[no-any-return]
+
+        every = torch.vmap(one, in_dims=(0, None if shared else 0), randomness="different")
+        weights = dict(zip(self.names, self.weights, strict=True))
+        return every(weights, inputs)  # type: ignore[no-any-return]
+
+    def unstack(self) -> list[dict[str, Tensor]]:
+        """The state_dict of each network, in order."""
+        named = list(zip(self.names, self.weights, strict=True))
+        return [
+            {name: weight[run].detach().clone() for name, weight in named}
+            for run in range(self.runs)
+        ]
+
+
+@dataclass
+class State:
+    """A training in progress, as `on_report` gets it: to read, to save, to change."""
+
+    model: nn.Module
+    velocity: list[Tensor]
+    step: int
+    steps: int
+    curves: Curves
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `fit(resume=…)` needs to go on from here."""
+        return {
+            "weights": self.model.state_dict(),
+            "velocity": self.velocity,
+            "step": self.step,
+            "curves": self.curves,
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to a snapshot, in place."""
+        self.model.load_state_dict(snapshot["weights"])
+        for mine, saved in zip(self.velocity, snapshot["velocity"], strict=True):
+            mine.copy_(saved)
+        self.step, self.curves = snapshot["step"], snapshot["curves"]
+
+
+def fit(
+    model: nn.Module,
+    data: Sequence[Any],
+    loss: Loss,
+    *,
+    epochs: float = 10,
+    steps: int | None = None,
+    batch_size: int = 128,
+    learning_rate: float | Sequence[float] = 0.1,
+    momentum: float | Sequence[float] = 0.9,
+    schedule: str = "one-cycle",
+    max_norm: float | None = None,
+    jitter: int | Sequence[int] = 0,
+    rows: Tensor | Sequence[Tensor] | None = None,
+    teacher: nn.Module | None = None,
+    precision: str = "fp32",
+    seed: int | Sequence[int] = 0,
+    evaluate: dict[str, tuple[Tensor, Tensor]] | None = None,
+    report_every: int | None = None,
+    on_report: Callable[[State], None] | None = None,
+    resume: dict[str, Any] | None = None,
+) -> Curves:
+    """Train a network, or a `Stack` of them, in place by SGD with Nesterov momentum.
+
+    data: (inputs, *targets), tensors of equal first dimension on the model's device; uint8
+    images become `to_input` of themselves. For a Stack, a list of tensors is one a run.
+    loss: loss(logits, *targets of the batch) -> scalar, or (runs,) for a Stack. A teacher's
+    logits among the data thus arrive with their own samples. teacher: a network whose
+    logits on the batch come last among the loss's arguments, for inputs that change.
+    rows: int64, the samples to train on. learning_rate, momentum, jitter, rows and seed may
+    be sequences, one value a run. evaluate: name -> (inputs, labels), counted at each
+    report, by default after each epoch, or 20 times where there are more.
+    Returns the curves: "step", "train_loss", "train_accuracy" where the first target is
+    labels, "<name>_errors". Ends early once no run has a finite loss.
+    Raises ValueError for tensors that do not fit together and for unknown settings.
+    """
+    _known("precision", precision, PRECISIONS)
+    _known("schedule", schedule, SCHEDULES)
+    if precision == "fp64":
+        model.double()
+    source = _Source(model, data, rows, seed, jitter, batch_size)
+    steps = steps or max(1, round(epochs * source.sizes[0] / batch_size))
+    epoch = math.ceil(source.sizes[0] / batch_size)
+    report_every = report_every or max(epoch, math.ceil(steps / 20))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    state = State(model, [torch.zeros_like(weight) for weight in weights], 0, steps, {})
+    if resume is not None:
+        state.restore(resume)
+
+    def step(
+        index: Tensor, shifts: Tensor | None, rate: Tensor, mass: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        inputs, targets = source.batch(index, shifts)
+        with _autocast(precision, index.device):
+            if teacher is not None:
+                with torch.no_grad():
+                    targets = (*targets, teacher(inputs))
+            logits = model(inputs)
+        losses = loss(logits.to(inputs.dtype), *targets)
+        gradients = torch.autograd.grad(
+            (losses * rate).sum(), weights, allow_unused=True, materialize_grads=True
+        )
+        with torch.no_grad():
+            _descend(weights, list(gradients), state.velocity, mass)
+            if max_norm is not None:
+                _limit(model, max_norm)
+            return losses.detach(), _hits(logits, targets)
+
+    rates = source.per_run("learning_rate", learning_rate)
+    masses = source.per_run("momentum", momentum)
+    if teacher is not None:
+        teacher.eval()
+    with _settings(precision, source.device):
+        while state.step < steps:
+            model.train()
+            first, last = state.step, min(state.step + report_every, steps)
+            torch.manual_seed(_mix(seed, "dropout", first))
+            sums = [torch.zeros_like(rates), torch.zeros_like(rates)]
+            for at, index, shifts in source.batches(first, last):
+                rate, mass = SCHEDULES[schedule](at / steps, rates, masses)
+                torch._foreach_add_(sums, list(step(index, shifts, rate, mass)))
+            state.step = last
+            model.eval()
+            _report(state, source, *(sum_ / (last - first) for sum_ in sums))
+            for name, (inputs, labels) in (evaluate or {}).items():
+                with _autocast(precision, source.device):
+                    errors = count_errors(model, inputs, labels)
+                state.curves.setdefault(f"{name}_errors", []).append(errors)
+            if on_report is not None:
+                on_report(state)
+            if not torch.isfinite(sums[0]).any():
+                break
+    model.eval()
+    return state.curves
+
+
+class _Source:
+    """Where batches come from: samples by index, in an order that the seed decides."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[Any],
+        rows: Tensor | Sequence[Tensor] | None,
+        seed: int | Sequence[int],
+        jitter: int | Sequence[int],
+        batch_size: int,
+    ) -> None:
+        self.runs = model.runs if isinstance(model, Stack) else None
+        self.tensors = [
+            torch.stack(list(part)) if isinstance(part, list | tuple) else part
+            for part in data
+        ]
+        self.shared = [isinstance(part, Tensor) for part in data]
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        sizes = [
+            tensor.shape[0 if shared else 1]
+            for tensor, shared in zip(self.tensors, self.shared, strict=True)
+        ]
+        if len(set(sizes)) > 1 or not sizes[0]:
+            raise ValueError(f"data have {sizes} samples: expected equal numbers, above 0")
+        wrong = {str(tensor.device) for tensor in self.tensors} - {str(self.device)}
+        if wrong:
+            raise ValueError(
+                f"data are on {wrong.pop()}, the model on {self.device}: "
+                "expected one device, move either with .to()"
+            )
+        count = self.runs or 1
+        self.rows = (
+            [rows] * count if rows is None or isinstance(rows, Tensor) else list(rows)
+        )
+        self.sizes = [sizes[0] if chosen is None else len(chosen) for chosen in self.rows]
+        self.seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        self.jitters = [jitter] * count if isinstance(jitter, int) else list(jitter)
+        lengths = {"rows": self.rows, "seed": self.seeds, "jitter": self.jitters}
+        for name, values in lengths.items():
+            if len(values) != count:
+                raise ValueError(
+                    f"{name} has {len(values)} values: expected {count}, one a run"
+                )
+        self.batch_size = batch_size
+        self.labelled = len(data) > 1 and self.tensors[1].dtype == torch.int64
+
+    def per_run(self, name: str, value: float | Sequence[float]) -> Tensor:
+        """A setting as a tensor on the device: () for one network, (runs,) for a Stack."""
+        tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device)
+        shape = () if self.runs is None else (self.runs,)
+        if tensor.shape not in ((), shape):
+            raise ValueError(f"{name} has {tensor.numel()} values: expected {self.runs}")
+        return tensor.expand(shape).clone()
+
+    def batches(self, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Step by step: the step, sample indices (…, batch), shifts (…, batch, 2) if any."""
+        size = self.batch_size
+        for start in range(first, last, BLOCK):
+            stop = min(start + BLOCK, last)
+            drawn = [
+                self._draw(run, start * size, stop * size) for run in range(self.runs or 1)
+            ]
+            index = torch.stack([samples for samples, _ in drawn])
+            moved = (
+                torch.stack([shifts for _, shifts in drawn]) if any(self.jitters) else None
+            )
+            if self.runs is None:
+                index, moved = index[0], None if moved is None else moved[0]
+            for at in range(start, stop):
+                here = slice((at - start) * size, (at - start + 1) * size)
+                yield at, index[..., here], None if moved is None else moved[..., here, :]
+
+    def _draw(self, run: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Positions start to stop of a run's endless stream of shuffled passes."""
+        size, reach = self.sizes[run], self.jitters[run]
+        samples, shifts = [], []
+        generator = torch.Generator(self.device)
+        for number in range(start // size, (stop - 1) // size + 1):
+            part = slice(max(start - number * size, 0), stop - number * size)
+            generator.manual_seed(_mix(self.seeds[run], "pass", number))
+            order = torch.randperm(size, generator=generator, device=self.device)[part]
+            samples.append(order)
+            if any(self.jitters):
+                moves = torch.randint(
+                    -reach, reach + 1, (size, 2), generator=generator, device=self.device
+                )
+                shifts.append(moves[part])
+        index = torch.cat(samples)
+        chosen = self.rows[run]
+        moved = torch.cat(shifts) if shifts else index
+        return (index if chosen is None else chosen[index]), moved
+
+    def batch(self, index: Tensor, shifts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The inputs, as the network takes them, and the targets of some samples."""
+        run = (
+            None
+            if self.runs is None
+            else torch.arange(self.runs, device=self.device)[:, None]
+        )
+        inputs, *targets = (
+            tensor[index] if shared else tensor[run, index]
+            for tensor, shared in zip(self.tensors, self.shared, strict=True)
+        )
+        if shifts is not None:
+            flat = translate(inputs.flatten(0, index.dim() - 1), shifts.flatten(0, -2))
+            inputs = flat.view_as(inputs)
+        return _prepared(inputs, self.dtype), targets
+
+
+def _prepared(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 images as the networks take them; other inputs as they are."""
+    inputs = to_input(inputs) if inputs.dtype == torch.uint8 else inputs
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+
+def predict(model: nn.Module, inputs: Tensor, batch: int = 2000) -> Tensor:
+    """Logits (…, N, classes) of a network or a Stack, without gradients, batch by batch."""
+    weight = next(model.parameters())
+    shared = {"shared": True} if isinstance(model, Stack) else {}
+    size = max(1, batch // model.runs) if isinstance(model, Stack) else batch
+    with torch.no_grad():
+        parts = [
+            model(_prepared(part, weight.dtype), **shared) for part in inputs.split(size)
+        ]
+    return torch.cat(parts, dim=-2)
+
+
+def count_errors(model: nn.Module, inputs: Tensor, labels: Tensor) -> Any:
+    """How many samples a network gets wrong: an int, or for a Stack a list, one a run."""
+    return (predict(model, inputs).argmax(-1) != labels).sum(-1).tolist()
+
+
+def _report(state: State, source: _Source, loss: Tensor, hits: Tensor) -> None:
+    report = {"step": state.step, "train_loss": loss.tolist()}
+    if source.labelled:
+        report["train_accuracy"] = (hits / source.batch_size).tolist()
+    for name, value in report.items():
+        state.curves.setdefault(name, []).append(value)
+
+
+def _hits(logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """How many of a batch are right, where the first target is labels; else zero."""
+    if targets and targets[0].dtype == torch.int64:
+        return (logits.argmax(-1) == targets[0]).sum(-1).to(logits.dtype)
+    return logits.new_zeros(logits.shape[:-2])
+
+
+def _descend(
+    weights: list[Tensor], gradients: list[Tensor], velocity: list[Tensor], mass: Tensor
+) -> None:
+    """Nesterov's step: v <- μ v + g, w <- w - (g + μ v); g has the learning rate in it."""
+    if mass.dim():
+        masses = [mass.view(-1, *[1] * (weight.dim() - 1)) for weight in weights]
+        torch._foreach_mul_(velocity, masses)
+        torch._foreach_add_(velocity, gradients)
+        torch._foreach_addcmul_(gradients, velocity, masses)
+    else:
+        torch._foreach_mul_(velocity, mass)
+        torch._foreach_add_(velocity, gradients)
+        torch._foreach_add_(gradients, torch._foreach_mul(velocity, mass))
+    torch._foreach_sub_(weights, gradients)
+
+
+def _limit(model: nn.Module, length: float) -> None:
+    """Shorten the incoming weights of every hidden unit to a length (L2), in place."""
+    first = 2 if isinstance(model, Stack) else 1
+    matrices = [weight for weight in model.parameters() if weight.dim() > first]
+    for weight in matrices[:-1]:  # the last ones lead to the logits: no hidden units
+        incoming = tuple(range(first, weight.dim()))
+        norm = torch.linalg.vector_norm(weight, dim=incoming, keepdim=True)
+        weight.mul_((length / norm).clamp(max=1))
+
+
+def _one_cycle(at: float, rate: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Up in a line over the first fifth, then down along a cosine to 0."""
+    if at < 0.2:
+        return rate * (at / 0.2 + 0.01), mass
+    return rate * (0.5 + 0.5 * math.cos(math.pi * (at - 0.2) / 0.8)), mass
+
+
+def _classic(at: float, rate: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Of arXiv 1207.0580, for 3,000 epochs: momentum rises over the first sixth from half its
+    value, the rate falls by 0.2 % an epoch and is multiplied by 1 - momentum."""
+    mass = mass * min(1.0, 0.5 + 3 * at)
+    return rate * (0.998 ** (3000 * at)) * (1 - mass), mass
+
+
+SCHEDULES: dict[str, Callable[[float, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "one-cycle": _one_cycle,
+    "cosine": lambda at, rate, mass: (rate * (0.5 + 0.5 * math.cos(math.pi * at)), mass),
+    "constant": lambda at, rate, mass: (rate, mass),
+    "classic": _classic,
+}
+
+
+@contextlib.contextmanager
+def _settings(precision: str, device: torch.device) -> Iterator[None]:
+    """The precision and PyTorch's own generators for one training, as they were afterwards."""
+    before = torch.get_float32_matmul_precision()
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.backends.cudnn.flags(allow_tf32=tf32, deterministic=True),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _mix(*parts: object) -> int:
+    """A seed of 63 bits from whatever decides it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+
+
+def _known(name: str, value: str, values: Any) -> None:
+    if value not in values:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(values)}")

@@ -1,0 +1,132 @@
+"""The networks of the paper and of the article, by name."""
+
+import functools
+import re
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+_registered: dict[str, Callable[..., nn.Module]] = {}
+
+
+class MLP(nn.Module):
+    """Fully connected ReLU network: 784 -> widths -> classes, dropout where it is asked for.
+
+    Input (..., 1, 28, 28), output logits (..., classes). dropout: the chances of dropping an
+    input pixel and a hidden unit. Hinton et al. 2015, section 3; rates: arXiv 1207.0580.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        classes: int = 10,
+        inputs: int = 784,
+        dropout: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten(-3), *_dropout(dropout[0])]
+        for fan_in, width in zip((inputs, *widths), widths, strict=False):
+            layers += [nn.Linear(fan_in, width), nn.ReLU(), *_dropout(dropout[1])]
+        self.layers = nn.Sequential(*layers, nn.Linear((inputs, *widths)[-1], classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # type: ignore[no-any-return]
+
+
+class LeNet(nn.Module):
+    """The article's teacher: two 5 x 5 convolutions (6, 16), then 120, 84, classes.
+
+    Input (N, 1, 28, 28), output logits (N, classes). After LeCun et al. 1998, with ReLU and
+    max pooling.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(256, 120), nn.ReLU(),
+            nn.Linear(120, 84), nn.ReLU(),
+            nn.Linear(84, classes),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))  # type: ignore[no-any-return]
+
+
+class LeNetHalf(nn.Module):
+    """The article's student: one 5 x 5 convolution with 3 channels, then the logits.
+
+    Input (N, 1, 28, 28), output logits (N, classes). relu_logits puts the article's ReLU on
+    the logits, which chapter 5 shows to be its undoing: it is another network, with a name.
+    """
+
+    def __init__(self, classes: int = 10, relu_logits: bool = False) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 3, 5), nn.ReLU(), nn.MaxPool2d(2))
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(432, classes))
+        if relu_logits:
+            self.classifier.append(nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))  # type: ignore[no-any-return]
+
+
+_BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
+    "lenet-half": LeNetHalf,
+    "lenet-half-relu": functools.partial(LeNetHalf, relu_logits=True),
+}
+
+
+def _dropout(chance: float) -> list[nn.Module]:
+    return [nn.Dropout(chance)] if chance else []
+
+
+def names() -> list[str]:
+    """The names that `build` knows; besides, mlp-W, mlp-WxW… for any widths."""
+    return [*_BUILT_IN, *_registered]
+
+
+def register(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Give your own network a name for recipes: factory(**options) -> nn.Module.
+
+    The network takes images as `data.to_input` makes them and returns logits.
+    Raises ValueError for a built-in name.
+    """
+    if name in _BUILT_IN or name.startswith("mlp-"):
+        raise ValueError(f"model name {name!r} is built in: choose another name")
+    _registered[name] = factory
+
+
+def registered(name: str) -> Callable[..., nn.Module] | None:
+    """The factory that was registered under a name, or None for a built-in one."""
+    return _registered.get(name)
+
+
+def widths(name: str) -> tuple[int, ...] | None:
+    """The hidden widths that an mlp- name spells, or None: "mlp-800x800" -> (800, 800)."""
+    spelt = re.fullmatch(r"mlp-([1-9]\d*(?:x[1-9]\d*)*)", name)
+    return tuple(map(int, spelt[1].split("x"))) if spelt else None
+
+
+def build(name: str, **options: object) -> nn.Module:
+    """A network by name, freshly initialised from PyTorch's global generator.
+
+    name: "mlp-1200x1200" and any other widths, "lenet", "lenet-half", "lenet-half-relu", or
+    a registered one. options go to the network (MLP: dropout=(input, hidden), classes).
+    Raises ValueError for an unknown name, TypeError for an option that the network lacks.
+    """
+    hidden = widths(name)
+    if hidden is not None:
+        return MLP(hidden, **options)  # type: ignore[arg-type]
+    factory = _registered.get(name) or _BUILT_IN.get(name)
+    if factory is None:
+        raise ValueError(
+            f"unknown model {name!r}: expected mlp-WxW (such as mlp-800x800), "
+            f"{', '.join(names())}"
+        )
+    return factory(**options)
