@@ -1,0 +1,76 @@
+# One command per intention; `make help` lists them. GNU make 3.81 or later.
+#   make book PROFILE=smoke|quick|full CHAPTERS="03_temperature"
+
+PROFILE  ?= quick
+CHAPTERS ?=
+WORKERS  ?= 2
+PORT     ?= 8000
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH := $(VENV)/.installed-bench
+
+.DEFAULT_GOAL := help
+.PHONY: help env data book site serve test lint format bench clean distclean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP) ## make .venv with the tested versions of everything
+
+data: env ## fetch MNIST and check it
+	$(BIN)/kdlib data
+
+book: env ## execute the chapters and render _build/html/index.html
+	$(BIN)/kdlib run --profile $(PROFILE) $(CHAPTERS)
+	$(BIN)/kdlib build
+
+site: env ## render again what has been executed
+	$(BIN)/kdlib build
+
+serve: ## read the book at http://localhost:8000 (PORT=…)
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+test: lint ## everything that checks the project
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: env ## style, types and clean notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/normalise.py --check
+	$(BIN)/mypy
+
+format: env ## put code and notebooks into their one form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/python tools/normalise.py
+
+bench: $(BENCH) ## speed against the loops that people use
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what was built; the environment and the store of runs stay
+	rm -rf _build _staging .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean ## remove the environment too
+	rm -rf $(VENV)
+
+# `.installing` stands from before the first byte to after the last: where one is left, an
+# install was cut short, and what it half wrote goes with the whole environment.
+$(STAMP): pyproject.toml constraints.txt
+	@test ! -e $(VENV)/.installing || rm -rf $(VENV)
+	@mkdir -p $(VENV) && touch $(VENV)/.installing
+	@test -x $(BIN)/python || { \
+	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	      2>/dev/null && exec $$python -m venv $(VENV); \
+	  done; \
+	  echo "make: found no Python 3.11 or later that can make environments." >&2; \
+	  echo "Install one (Debian: python3-venv too) or name one: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@mv $(VENV)/.installing $@
+
+$(BENCH): $(STAMP)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
+	@touch $@
