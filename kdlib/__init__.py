@@ -4,15 +4,15 @@ Four lines: a teacher, a student, both trained, the test errors read.
 
     teacher = kdlib.Recipe("mlp-1200x1200", jitter=2, dropout=(0.2, 0.5))
     student = kdlib.Recipe("mlp-800x800")
-    distilled = student.distil(teacher, temperature=8, learning_rate=0.03)
+    distilled = student.distil(teacher, temperature=8).replace(learning_rate=0.03)
     print([run.metrics["test_errors"] for run in kdlib.train_all([student, distilled])])
 """
 
-from kdlib import data, losses, models
+from kdlib import data, evaluate, losses, models
 from kdlib.loop import Stack, fit
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, train, train_all
 
 __all__ = [
-    "Recipe", "Run", "Stack", "data", "fit", "losses", "models", "train", "train_all",
+    "Recipe", "Run", "Stack", "data", "evaluate", "fit", "losses", "models", "train", "train_all",
 ]  # fmt: skip

@@ -57,7 +57,7 @@ class Stack(nn.Module):
 
         every = torch.vmap(one, in_dims=(0, None if shared else 0), randomness="different")
         weights = dict(zip(self.names, self.weights, strict=True))
-        return every(weights, inputs)  # type: ignore[no-any-return]
+        return every(weights, inputs)
 
     def unstack(self) -> list[dict[str, Tensor]]:
         """The state_dict of each network, in order."""
@@ -151,7 +151,7 @@ def fit(
         with _autocast(precision, index.device):
             if teacher is not None:
                 with torch.no_grad():
-                    targets = (*targets, teacher(inputs))
+                    targets = [*targets, teacher(inputs)]
             logits = model(inputs)
         losses = loss(logits.to(inputs.dtype), *targets)
         gradients = torch.autograd.grad(
@@ -167,7 +167,7 @@ def fit(
     masses = source.per_run("momentum", momentum)
     if teacher is not None:
         teacher.eval()
-    with _settings(precision, source.device):
+    with settings(precision, source.device):
         while state.step < steps:
             model.train()
             first, last = state.step, min(state.step + report_every, steps)
@@ -205,8 +205,7 @@ class _Source:
     ) -> None:
         self.runs = model.runs if isinstance(model, Stack) else None
         self.tensors = [
-            torch.stack(list(part)) if isinstance(part, list | tuple) else part
-            for part in data
+            torch.stack(list(part)) if isinstance(part, list | tuple) else part for part in data
         ]
         self.shared = [isinstance(part, Tensor) for part in data]
         weight = next(model.parameters())
@@ -224,18 +223,14 @@ class _Source:
                 "expected one device, move either with .to()"
             )
         count = self.runs or 1
-        self.rows = (
-            [rows] * count if rows is None or isinstance(rows, Tensor) else list(rows)
-        )
+        self.rows = [rows] * count if rows is None or isinstance(rows, Tensor) else list(rows)
         self.sizes = [sizes[0] if chosen is None else len(chosen) for chosen in self.rows]
         self.seeds = [seed] * count if isinstance(seed, int) else list(seed)
         self.jitters = [jitter] * count if isinstance(jitter, int) else list(jitter)
         lengths = {"rows": self.rows, "seed": self.seeds, "jitter": self.jitters}
         for name, values in lengths.items():
             if len(values) != count:
-                raise ValueError(
-                    f"{name} has {len(values)} values: expected {count}, one a run"
-                )
+                raise ValueError(f"{name} has {len(values)} values: expected {count}, one a run")
         self.batch_size = batch_size
         self.labelled = len(data) > 1 and self.tensors[1].dtype == torch.int64
 
@@ -252,13 +247,9 @@ class _Source:
         size = self.batch_size
         for start in range(first, last, BLOCK):
             stop = min(start + BLOCK, last)
-            drawn = [
-                self._draw(run, start * size, stop * size) for run in range(self.runs or 1)
-            ]
+            drawn = [self._draw(run, start * size, stop * size) for run in range(self.runs or 1)]
             index = torch.stack([samples for samples, _ in drawn])
-            moved = (
-                torch.stack([shifts for _, shifts in drawn]) if any(self.jitters) else None
-            )
+            moved = torch.stack([shifts for _, shifts in drawn]) if any(self.jitters) else None
             if self.runs is None:
                 index, moved = index[0], None if moved is None else moved[0]
             for at in range(start, stop):
@@ -287,11 +278,7 @@ class _Source:
 
     def batch(self, index: Tensor, shifts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The inputs, as the network takes them, and the targets of some samples."""
-        run = (
-            None
-            if self.runs is None
-            else torch.arange(self.runs, device=self.device)[:, None]
-        )
+        run = None if self.runs is None else torch.arange(self.runs, device=self.device)[:, None]
         inputs, *targets = (
             tensor[index] if shared else tensor[run, index]
             for tensor, shared in zip(self.tensors, self.shared, strict=True)
@@ -314,9 +301,7 @@ def predict(model: nn.Module, inputs: Tensor, batch: int = 2000) -> Tensor:
     shared = {"shared": True} if isinstance(model, Stack) else {}
     size = max(1, batch // model.runs) if isinstance(model, Stack) else batch
     with torch.no_grad():
-        parts = [
-            model(_prepared(part, weight.dtype), **shared) for part in inputs.split(size)
-        ]
+        parts = [model(_prepared(part, weight.dtype), **shared) for part in inputs.split(size)]
     return torch.cat(parts, dim=-2)
 
 
@@ -341,7 +326,7 @@ def _hits(logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
 
 
 def _descend(
-    weights: list[Tensor], gradients: list[Tensor], velocity: list[Tensor], mass: Tensor
+    weights: Sequence[Tensor], gradients: list[Tensor], velocity: list[Tensor], mass: Tensor
 ) -> None:
     """Nesterov's step: v <- μ v + g, w <- w - (g + μ v); g has the learning rate in it."""
     if mass.dim():
@@ -353,7 +338,7 @@ def _descend(
         torch._foreach_mul_(velocity, mass)
         torch._foreach_add_(velocity, gradients)
         torch._foreach_add_(gradients, torch._foreach_mul(velocity, mass))
-    torch._foreach_sub_(weights, gradients)
+    torch._foreach_sub_(list(weights), gradients)
 
 
 def _limit(model: nn.Module, length: float) -> None:
@@ -389,7 +374,7 @@ SCHEDULES: dict[str, Callable[[float, Tensor, Tensor], tuple[Tensor, Tensor]]] =
 
 
 @contextlib.contextmanager
-def _settings(precision: str, device: torch.device) -> Iterator[None]:
+def settings(precision: str, device: torch.device) -> Iterator[None]:
     """The precision and PyTorch's own generators for one training, as they were afterwards."""
     before = torch.get_float32_matmul_precision()
     tf32 = precision == "tf32"

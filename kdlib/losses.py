@@ -40,9 +40,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -chosen.squeeze(-1).mean(-1)
 
 
-def soft_loss(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: Number
-) -> Tensor:
+def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Number) -> Tensor:
     """T² KL(teacher || student) of the softened probabilities, mean over the batch.
 
     Both logits: (..., batch, classes). Returns (...), in nats, zero where the logits agree
@@ -80,9 +78,7 @@ def distillation_loss(
     soft = soft_loss(student_logits, teacher_logits, temperature)
     if targets is None:
         if isinstance(hard_weight, Tensor) or hard_weight != 0:
-            raise ValueError(
-                f"hard_weight is {hard_weight} but there are no targets: use 0"
-            )
+            raise ValueError(f"hard_weight is {hard_weight} but there are no targets: use 0")
         return soft
     hard = cross_entropy(student_logits, targets)
     return hard_weight * hard + (1 - hard_weight) * soft

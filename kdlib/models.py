@@ -126,7 +126,6 @@ def build(name: str, **options: object) -> nn.Module:
     factory = _registered.get(name) or _BUILT_IN.get(name)
     if factory is None:
         raise ValueError(
-            f"unknown model {name!r}: expected mlp-WxW (such as mlp-800x800), "
-            f"{', '.join(names())}"
+            f"unknown model {name!r}: expected mlp-WxW (such as mlp-800x800), {', '.join(names())}"
         )
     return factory(**options)

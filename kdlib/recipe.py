@@ -83,15 +83,11 @@ class Recipe:
             raise TypeError(f"a recipe has no field {sorted(unknown)[0]!r}")
         return dataclasses.replace(self, **changes)
 
-    def distil(
-        self, *teachers: "Recipe", temperature: float, hard_weight: float = 0.0
-    ) -> Self:
+    def distil(self, *teachers: "Recipe", temperature: float, hard_weight: float = 0.0) -> Self:
         """The same student, taught by teachers: at a temperature, with a hard_weight."""
         if not teachers:
             raise ValueError("distil() got no teacher: expected one or more recipes")
-        return self.replace(
-            teacher=teachers, temperature=temperature, hard_weight=hard_weight
-        )
+        return self.replace(teacher=teachers, temperature=temperature, hard_weight=hard_weight)
 
     @property
     def key(self) -> str:
@@ -123,9 +119,7 @@ class Recipe:
         return cls(**{**fields, "teacher": teachers})
 
 
-def _number(
-    low: float, high: float = math.inf, *, open_low: bool = True
-) -> Callable[[Any], bool]:
+def _number(low: float, high: float = math.inf, *, open_low: bool = True) -> Callable[[Any], bool]:
     def holds(value: Any) -> bool:
         real = isinstance(value, int | float) and not isinstance(value, bool)
         above = real and (low < value if open_low else low <= value)
@@ -161,9 +155,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "schedule": _one_of(*loop.SCHEDULES),
     "dropout": (
         "two chances in [0, 1), of the input and of hidden units",
-        lambda value: (
-            isinstance(value, tuple) and len(value) == 2 and all(map(_chance, value))
-        ),
+        lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(_chance, value)),
     ),
     "max_norm": ("None or a finite number above 0", lambda v: v is None or _number(0)(v)),
     "jitter": ("a whole number of pixels, 0 to 27", _whole(0, 27)),

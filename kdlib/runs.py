@@ -1,6 +1,7 @@
 """Run, train and train_all: recipes become calls of the loop, each made once."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -23,7 +24,12 @@ from kdlib import data, loop, losses, models, store
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
-_SHAPE = ("model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation")  # fmt: skip
+_SHAPE = (
+    "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
+)  # fmt: skip
+
+
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,10 +132,8 @@ def _code(item: Any) -> str:
     """An item's source without comments and docstrings."""
     tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(item)))
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                body[0] = ast.Expr(ast.Constant(None))
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass()
     return ast.unparse(tree)
 
 
@@ -186,10 +190,10 @@ def _make(
     missing = [recipe for recipe in recipes if runs[recipe] is None]
     for group in _groups(missing, device, keys):
         with store.locked([keys[recipe] for recipe in group]):
-            fresh = {recipe: _stored(recipe, keys[recipe], device) for recipe in group}
-            if None in fresh.values():  # else another process made them meanwhile
-                fresh = _train_group(group, device, made, [keys[recipe] for recipe in group])
-        runs |= fresh
+            for recipe in group:  # another process may have made them meanwhile
+                runs[recipe] = _stored(recipe, keys[recipe], device)
+            if any(runs[recipe] is None for recipe in group):
+                runs |= _train_group(group, device, made, [keys[recipe] for recipe in group])
     return {recipe: run for recipe, run in runs.items() if run is not None}
 
 
@@ -297,3 +301,118 @@ def _train_group(
         runs[recipe] = run
     store.drop_checkpoint(keys)
     return runs
+
+
+class _Committee(nn.Module):
+    """Several teachers as one: the mean of their logits, a geometric mean of probabilities."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack([member(inputs) for member in self.members]).mean(0)
+
+
+def _lesson(
+    group: list[Recipe], device: torch.device, made: dict[Recipe, Run], training: data.Split
+) -> tuple[list[Any], nn.Module | None, loop.Loss]:
+    """What a group learns from: more targets, a teacher for each batch, the loss."""
+    first = group[0]
+    if not first.teacher:
+        return [], None, lambda logits, labels: losses.cross_entropy(logits, labels)
+    scale, share = _field(group, "temperature"), _field(group, "hard_weight")
+    if len(group) > 1:
+        scale, share = (torch.tensor(value, device=device) for value in (scale, share))
+
+    def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        return losses.distillation_loss(
+            logits, taught, labels, temperature=scale, hard_weight=share
+        )
+
+    if any(recipe.jitter for recipe in group):  # inputs change: ask the teacher each time
+        committees = [_Committee([made[t].model() for t in recipe.teacher]) for recipe in group]
+        return [], committees[0] if len(group) == 1 else loop.Stack(committees), loss
+    known: dict[Recipe, Tensor] = {}
+    split = "train" if first.validation else "full"
+    for teacher in dict.fromkeys(teacher for recipe in group for teacher in recipe.teacher):
+        run = made[teacher]
+        same = teacher.dataset == first.dataset
+        known[teacher] = (
+            run.logits(split) if same else loop.predict(run.model(), training.images).float()
+        )
+    taught = [torch.stack([known[t] for t in recipe.teacher]).mean(0) for recipe in group]
+    return [taught[0] if len(group) == 1 else taught], None, loss
+
+
+def _field(group: list[Recipe], name: str) -> Any:
+    """A field of one recipe as it is, of several as a list."""
+    values = [getattr(recipe, name) for recipe in group]
+    return values[0] if len(values) == 1 else values
+
+
+def _own(curves: loop.Curves, number: int) -> loop.Curves:
+    """The curves of one run of a stack."""
+    return {
+        name: values if name == "step" else [value[number] for value in values]
+        for name, values in curves.items()
+    }
+
+
+def _metrics(run: Run, dataset: data.Dataset, rows: Tensor) -> dict[str, Any]:
+    """Errors on the held-out samples, and whether the training diverged.
+
+    Diverged: a loss or logits that are not finite, or one and the same answer to all of
+    the training samples, which have several labels. One dead class is no divergence.
+    """
+    metrics: dict[str, Any] = {"status": "ok"}
+    for split in ("validation", "test") if run.recipe.validation else ("test",):
+        labels = getattr(dataset, split).labels
+        errors = int((run.logits(split).argmax(-1) != labels).sum())
+        metrics[f"{split}_errors"] = errors
+        metrics[f"{split}_accuracy"] = 1 - errors / len(labels)
+    part = dataset.train if run.recipe.validation else dataset.full
+    part = part[rows[:: max(1, len(rows) // 1000)]]
+    answers = loop.predict(run.model(), part.images)
+    constant = len(part.labels.unique()) > 1 and len(answers.argmax(-1).unique()) == 1
+    finite = math.isfinite(run.curves["train_loss"][-1]) and bool(answers.isfinite().all())
+    if constant or not finite:
+        metrics["status"] = "diverged"
+    return metrics
+
+
+def _effective(precision: str, device: torch.device) -> str:
+    """The precision that is used: bf16 on a processor that is slow at it is fp32."""
+    if precision == "bf16" and device.type == "cpu":
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return precision
+
+
+@contextlib.contextmanager
+def _progress(group: list[Recipe]) -> Iterator[Callable[[loop.State], None]]:
+    """One bar for a group, in a terminal only: steps, loss, accuracy, errors so far."""
+    silent = not sys.stderr.isatty()
+    name = group[0].model + (f" x {len(group)}" if len(group) > 1 else "")
+    with tqdm(total=0, desc=name, unit="step", disable=silent, leave=False) as bar:
+
+        def show(state: loop.State) -> None:
+            bar.total = state.steps
+            last = {name: values[-1] for name, values in state.curves.items() if name != "step"}
+            flat = {k: v if not isinstance(v, list) else sum(v) / len(v) for k, v in last.items()}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in flat.items()}, refresh=False)
+            bar.update(state.step - bar.n)
+
+        yield show
+
+
+def _log(run: Run, folder: Path) -> None:
+    """A run's curves as TensorBoard scalars, each under its own tag at its true steps."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    name = f"{run.recipe.model}-{run.recipe.key}"
+    with SummaryWriter(str(folder / name)) as writer:
+        for tag, values in run.curves.items():
+            for step, value in zip(run.curves["step"], values, strict=True):
+                if tag != "step":
+                    writer.add_scalar(tag.replace("_", "/", 1), value, step)

@@ -75,15 +75,14 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
     except ValueError:
         saved, content = {}, b""
     record = saved.get("run") if isinstance(saved, dict) else None
-    good = (
+    if (
         isinstance(record, dict)
         and saved.get("digest") == _digest(record)
         and record.get("weights") == hashlib.sha256(content).hexdigest()
-    )
-    if not good:
-        warnings.warn(f"the stored run {folder() / key} is damaged: made anew", stacklevel=2)
-        return None
-    return record, load_weights(content)
+    ):
+        return record, load_weights(content)
+    warnings.warn(f"the stored run {folder() / key} is damaged: made anew", stacklevel=2)
+    return None
 
 
 def stored() -> list[Entry]:
