@@ -43,7 +43,7 @@ if not getattr(find_spec("kdlib"), "origin", None):
     else:  # what is installed of torch stays as it is
         keep = [f"{n}=={version(n)}" for n in ("torch", "torchvision") if find_spec(n)]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", *keep]
-        subprocess.run([*pip, "kdlib @ git+{url}"], check=True)"""
+        subprocess.run([*pip, "git+{url}"], check=True)"""
 
 Json = dict[str, Any]
 
