@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -391,21 +392,25 @@ def clone(tmp_path):
     return root
 
 
-def where_kdlib_comes_from(python, folder, url):
-    """Run the set-up cell in a folder; the places of kdlib and torch, and their versions."""
-    cell = normalise.SETUP.replace("{url}", url)
-    ask = """
-import importlib.metadata, json
-print(json.dumps([find_spec("kdlib").origin, find_spec("torch").origin, version("torch")]))
-"""
+def run_setup_cell(python, folder, url, and_then="", **environment):
+    """Run the set-up cell in a folder, without a network; what came of it."""
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_CONFIG_FILE": os.devnull}
-    result = subprocess.run(
-        [python, "-c", cell + ask],
+    return subprocess.run(
+        [python, "-c", normalise.SETUP.replace("{url}", url) + and_then],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "HOME": str(folder), **offline},
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), **offline, **environment},
         capture_output=True,
         text=True,
     )
+
+
+def where_kdlib_comes_from(python, folder, url):
+    """The places of kdlib and torch after the set-up cell, and torch's version."""
+    ask = """
+import json
+print(json.dumps([find_spec("kdlib").origin, find_spec("torch").origin, version("torch")]))
+"""
+    result = run_setup_cell(python, folder, url, ask)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -423,6 +428,26 @@ def test_setup_cell_installs_from_the_repository_and_keeps_torch(bare_python, cl
     assert Path(kdlib).is_relative_to(bare_python.parents[1])
     assert not Path(torch).is_relative_to(bare_python.parents[1])
     assert torch_version == version("torch")
+
+
+def test_setup_cell_never_replaces_torch(bare_python, clone, tmp_path):
+    """A newer torch is at hand and kdlib asks for it: an error, not another torch."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "torch-99.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("torch/__init__.py", "")
+        about = "Metadata-Version: 2.1\nName: torch\nVersion: 99.0\n"
+        wheel.writestr("torch-99.0.dist-info/METADATA", about)
+        tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        wheel.writestr("torch-99.0.dist-info/WHEEL", tag)
+        wheel.writestr("torch-99.0.dist-info/RECORD", "")
+    project = clone / "pyproject.toml"
+    project.write_text(project.read_text().replace("torch>=2.10", "torch>=99"))
+    git("commit", "-q", "-a", "-m", "a newer torch", cwd=clone)
+    result = run_setup_cell(bare_python, tmp_path, clone.as_uri(), PIP_FIND_LINKS=str(wheels))
+    assert result.returncode != 0
+    assert f"torch=={version('torch')}" in result.stderr
+    assert not list(bare_python.parents[1].glob("lib/python*/site-packages/torch*"))
 
 
 @pytest.mark.parametrize("inside", [".", "book", "book/deeper"])

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
+from nbformat.validator import iter_validate
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = "nbval-check-output"
@@ -112,7 +112,8 @@ def normalise(notebook: Json, setup: str) -> Json:
         raise ValueError(f"one code cell must have the tag setup, found {found}")
     name_cells(cells)
     clean = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
-    nbformat.validate(clean)
+    for fault in iter_validate(clean, version=4, version_minor=5):
+        raise ValueError(fault.message)
     return clean
 
 
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             old = json.loads(text)
             new = normalise(old, setup)
-        except (ValueError, KeyError, nbformat.ValidationError) as error:
+        except (ValueError, KeyError) as error:
             print(f"{path}: cannot be normalised: {error}")
             failed = True
             continue
