@@ -41,9 +41,10 @@ if not getattr(find_spec("kdlib"), "origin", None):
     if clone:
         sys.path.insert(0, str(clone))
     else:  # what is installed of torch stays as it is
+        url = "git+{url}"
         keep = [f"{n}=={version(n)}" for n in ("torch", "torchvision") if find_spec(n)]
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", *keep]
-        subprocess.run([*pip, "git+{url}"], check=True)"""
+        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, url, *keep], check=True)"""
 
 Json = dict[str, Any]
 
