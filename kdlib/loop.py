@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,14 +140,14 @@ def fit(
     steps = steps or max(1, round(epochs * source.sizes[0] / batch_size))
     epoch = math.ceil(source.sizes[0] / batch_size)
     report_every = report_every or max(epoch, math.ceil(steps / 20))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     state = State(model, [torch.zeros_like(weight) for weight in weights], 0, steps, {})
-    if resume is not None:
-        state.restore(resume)
+    rates, masses = source.per_run(learning_rate=learning_rate, momentum=momentum)
+    descend = _descent(weights, state.velocity, masses, schedule)
+    if teacher is not None:
+        teacher.eval()
 
-    def step(
-        index: Tensor, shifts: Tensor | None, rate: Tensor, mass: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def step(index: Tensor, shifts: Tensor | None, rate: Tensor, mass: Tensor) -> list[Tensor]:
         inputs, targets = source.batch(index, shifts)
         with _autocast(precision, index.device):
             if teacher is not None:
@@ -158,16 +159,18 @@ def fit(
             (losses * rate).sum(), weights, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            _descend(weights, list(gradients), state.velocity, mass)
+            descend(gradients, mass)
             if max_norm is not None:
                 _limit(model, max_norm)
-            return losses.detach(), _hits(logits, targets)
+            return [losses.detach(), _hits(logits, targets)]
 
-    rates = source.per_run("learning_rate", learning_rate)
-    masses = source.per_run("momentum", momentum)
-    if teacher is not None:
-        teacher.eval()
     with settings(precision, source.device):
+        model.train()
+        advance = (
+            _captured(step, source, rates, masses, state) if source.device.type == "cuda" else step
+        )
+        if resume is not None:
+            state.restore(resume)
         while state.step < steps:
             model.train()
             first, last = state.step, min(state.step + report_every, steps)
@@ -175,10 +178,10 @@ def fit(
             sums = [torch.zeros_like(rates), torch.zeros_like(rates)]
             for at, index, shifts in source.batches(first, last):
                 rate, mass = SCHEDULES[schedule](at / steps, rates, masses)
-                torch._foreach_add_(sums, list(step(index, shifts, rate, mass)))
+                torch._foreach_add_(sums, advance(index, shifts, rate, mass))
             state.step = last
             model.eval()
-            _report(state, source, *(sum_ / (last - first) for sum_ in sums))
+            _report(state, source, *(total / (last - first) for total in sums))
             for name, (inputs, labels) in (evaluate or {}).items():
                 with _autocast(precision, source.device):
                     errors = count_errors(model, inputs, labels)
@@ -234,13 +237,16 @@ class _Source:
         self.batch_size = batch_size
         self.labelled = len(data) > 1 and self.tensors[1].dtype == torch.int64
 
-    def per_run(self, name: str, value: float | Sequence[float]) -> Tensor:
-        """A setting as a tensor on the device: () for one network, (runs,) for a Stack."""
-        tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device)
+    def per_run(self, **settings: float | Sequence[float]) -> list[Tensor]:
+        """Settings as tensors on the device: () for one network, (runs,) for a Stack."""
         shape = () if self.runs is None else (self.runs,)
-        if tensor.shape not in ((), shape):
-            raise ValueError(f"{name} has {tensor.numel()} values: expected {self.runs}")
-        return tensor.expand(shape).clone()
+        tensors = []
+        for name, value in settings.items():
+            tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device)
+            if tensor.shape not in ((), shape):
+                raise ValueError(f"{name} has {tensor.numel()} values: expected {self.runs}")
+            tensors.append(tensor.expand(shape).clone())
+        return tensors
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Step by step: the step, sample indices (…, batch), shifts (…, batch, 2) if any."""
@@ -286,7 +292,8 @@ class _Source:
         if shifts is not None:
             flat = translate(inputs.flatten(0, index.dim() - 1), shifts.flatten(0, -2))
             inputs = flat.view_as(inputs)
-        return _prepared(inputs, self.dtype), targets
+        cast = [part.to(self.dtype) if part.is_floating_point() else part for part in targets]
+        return _prepared(inputs, self.dtype), cast
 
 
 def _prepared(inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,9 +306,8 @@ def predict(model: nn.Module, inputs: Tensor, batch: int = 2000) -> Tensor:
     """Logits (…, N, classes) of a network or a Stack, without gradients, batch by batch."""
     weight = next(model.parameters())
     shared = {"shared": True} if isinstance(model, Stack) else {}
-    size = max(1, batch // model.runs) if isinstance(model, Stack) else batch
     with torch.no_grad():
-        parts = [model(_prepared(part, weight.dtype), **shared) for part in inputs.split(size)]
+        parts = [model(_prepared(part, weight.dtype), **shared) for part in inputs.split(batch)]
     return torch.cat(parts, dim=-2)
 
 
@@ -325,20 +331,76 @@ def _hits(logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
     return logits.new_zeros(logits.shape[:-2])
 
 
-def _descend(
-    weights: Sequence[Tensor], gradients: list[Tensor], velocity: list[Tensor], mass: Tensor
-) -> None:
-    """Nesterov's step: v <- μ v + g, w <- w - (g + μ v); g has the learning rate in it."""
-    if mass.dim():
-        masses = [mass.view(-1, *[1] * (weight.dim() - 1)) for weight in weights]
+def _descent(
+    weights: list[Tensor], velocity: list[Tensor], masses: Tensor, schedule: str
+) -> Callable[[Sequence[Tensor], Tensor], None]:
+    """Nesterov's step: v <- μ v + g, w <- w - (g + μ v); g has the learning rate in it.
+
+    With one constant momentum that is PyTorch's fused SGD; else each run has its own.
+    """
+    values = set(masses.flatten().tolist())
+    if len(values) == 1 and schedule != "classic":
+        (momentum,) = values
+        sgd = torch.optim.SGD(weights, lr=1.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+        for weight, buffer in zip(weights, velocity, strict=True):
+            sgd.state[weight]["momentum_buffer"] = buffer
+
+        def fused(gradients: Sequence[Tensor], mass: Tensor) -> None:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.contiguous()  # the fused kernel takes no strides
+            sgd.step()
+            sgd.zero_grad()
+
+        return fused
+
+    def each(gradients: Sequence[Tensor], mass: Tensor) -> None:
+        masses = [mass.view(*mass.shape, *[1] * (w.dim() - mass.dim())) for w in weights]
         torch._foreach_mul_(velocity, masses)
-        torch._foreach_add_(velocity, gradients)
-        torch._foreach_addcmul_(gradients, velocity, masses)
-    else:
-        torch._foreach_mul_(velocity, mass)
-        torch._foreach_add_(velocity, gradients)
-        torch._foreach_add_(gradients, torch._foreach_mul(velocity, mass))
-    torch._foreach_sub_(list(weights), gradients)
+        torch._foreach_add_(velocity, list(gradients))
+        torch._foreach_sub_(weights, list(gradients))
+        torch._foreach_addcmul_(weights, velocity, masses, value=-1)
+
+    return each
+
+
+def _captured(
+    step: Callable[..., list[Tensor]],
+    source: "_Source",
+    rates: Tensor,
+    masses: Tensor,
+    state: State,
+) -> Callable[..., list[Tensor]]:
+    """The step as one CUDA graph, so that the host only says «again»; else the step as it is.
+
+    The warm-up that a capture needs changes the weights: they are put back.
+    """
+    before = copy.deepcopy(state.snapshot())
+    _, index, shifts = next(source.batches(0, 1))
+    mine = [x if x is None else x.clone() for x in (index, shifts, rates, masses)]
+    side = torch.cuda.Stream(source.device)
+    side.wait_stream(torch.cuda.current_stream(source.device))
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(*mine)
+        torch.cuda.current_stream(source.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(*mine)
+    except RuntimeError as error:
+        warnings.warn(f"training step by step, without a CUDA graph: {error}", stacklevel=3)
+        state.restore(before)
+        return step
+    state.restore(before)
+
+    def replay(*theirs: Tensor | None) -> list[Tensor]:
+        for static, fresh in zip(mine, theirs, strict=True):
+            if static is not None and fresh is not None:
+                static.copy_(fresh)
+        graph.replay()
+        return results
+
+    return replay
 
 
 def _limit(model: nn.Module, length: float) -> None:

@@ -1,0 +1,300 @@
+"""Recipes of one shape as one call of the loop: what they learn from, and how many fit."""
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kdlib import data, loop, losses, models
+from kdlib.recipe import Recipe
+
+Teachers = Mapping[Recipe, nn.Module]
+_SHAPE = (
+    "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives for one recipe: metrics, curves, weights (on the CPU), its share
+    of the seconds, and where it was trained."""
+
+    metrics: dict[str, Any]
+    curves: loop.Curves
+    weights: dict[str, Tensor]
+    seconds: float
+    provenance: dict[str, Any]
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """The untrained network of a recipe, its weights drawn by the recipe's seed."""
+    options: dict[str, Any] = {"dropout": recipe.dropout} if any(recipe.dropout) else {}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe.seed)
+        network = models.build(recipe.model, **options)
+    return network.double() if recipe.precision == "fp64" else network
+
+
+def steps(recipe: Recipe, device: torch.device) -> int:
+    """How many steps a recipe trains for."""
+    samples = len(rows(recipe, device))
+    return recipe.steps or max(1, round(recipe.epochs * samples / recipe.batch_size))
+
+
+def rows(recipe: Recipe, device: torch.device) -> Tensor:
+    """The samples that a recipe trains on: rows of `training(recipe, device)`."""
+    labels = training(recipe, device).labels
+    return data.subset_rows(labels, recipe.fraction, recipe.omit, recipe.subset_seed)
+
+
+def training(recipe: Recipe, device: torch.device) -> data.Split:
+    """The training samples: without the held-out sixth where the recipe validates."""
+    dataset = data.load(recipe.dataset, device)
+    return dataset.train if recipe.validation else dataset.full
+
+
+def cut(
+    recipes: Sequence[Recipe], device: torch.device, stack: int | None = None
+) -> list[list[Recipe]]:
+    """Recipes in groups of one shape, each no larger than the device holds.
+
+    stack: the most runs a group. By default what fits into memory on a GPU, and one on a
+    CPU, where a stack is slower than its runs one by one (see the benchmark page). The same
+    recipes on the same device are cut in the same way. Raises MemoryError for a recipe that
+    does not fit even alone.
+    """
+    shapes: dict[Any, list[Recipe]] = {}
+    for recipe in recipes:
+        shape = [getattr(recipe, field) for field in _SHAPE]
+        lesson = (bool(recipe.teacher), bool(recipe.teacher and recipe.jitter))
+        shapes.setdefault((*shape, steps(recipe, device), *lesson), []).append(recipe)
+    groups = []
+    for members in shapes.values():
+        most = _capacity(members[0], device)
+        size = min(most, stack or (most if device.type == "cuda" else 1))
+        groups += [members[start : start + size] for start in range(0, len(members), size)]
+    return groups
+
+
+def memory(recipe: Recipe) -> int:
+    """Bytes that one more run of a stack takes at most, its data left out."""
+    network = build(recipe)
+    weights = sum(weight.numel() for weight in network.parameters())
+    inputs = torch.zeros(2, 1, 28, 28, dtype=next(network.parameters()).dtype)
+    outputs = 0
+
+    def count(_: nn.Module, __: Any, output: Tensor) -> None:
+        nonlocal outputs
+        outputs += output[0].numel()
+
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(count)
+    network(inputs)
+    batch = max(recipe.batch_size, 2000)  # training or evaluation, whichever is larger
+    drawn = loop.BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
+    return 4 * (6 * weights + 3 * batch * (outputs + 784)) + 2 * drawn + 60_000 * 10 * 4
+
+
+def _capacity(recipe: Recipe, device: torch.device) -> int:
+    """How many runs of a recipe's shape the device holds, leaving a third of it free."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    dataset = 70_000 * 784 * 2
+    most = int((total * 2 / 3 - dataset) // memory(recipe))
+    if most < 1:
+        raise MemoryError(
+            f"one run of {recipe.model!r} at batch_size={recipe.batch_size} needs about "
+            f"{memory(recipe) / 2**30:.1f} GiB, more than {device} can give "
+            f"({total / 2**30:.1f} GiB): use a smaller batch_size or model"
+        )
+    return most
+
+
+def train(
+    group: Sequence[Recipe],
+    device: torch.device,
+    teachers: Teachers,
+    resume: dict[str, Any] | None = None,
+    on_state: Callable[[dict[str, Any]], None] | None = None,
+) -> list[Trained]:
+    """Train recipes of one shape together; on_state gets what `resume` takes, report by report."""
+    first = group[0]
+    dataset, samples = data.load(first.dataset, device), training(first, device)
+    held_out = "validation" if first.validation else "test"
+    watched: data.Split = getattr(dataset, held_out)
+    chosen = [rows(recipe, device) for recipe in group]
+    networks = [build(recipe).to(device) for recipe in group]
+    model = networks[0] if len(group) == 1 else loop.Stack(networks)
+    taught, teacher, loss = _lesson(group, device, teachers, samples)
+    precision = effective(first.precision, device)
+    started = time.monotonic() - (resume or {}).get("seconds", 0.0)
+    with _progress(group) as show:
+
+        def on_report(state: loop.State) -> None:
+            show(state)
+            if on_state is not None and state.step < state.steps:
+                on_state(state.snapshot() | {"seconds": time.monotonic() - started})
+
+        curves = loop.fit(
+            model,
+            [samples.images, samples.labels, *taught],
+            loss,
+            steps=steps(first, device),
+            batch_size=first.batch_size,
+            learning_rate=_field(group, "learning_rate"),
+            momentum=_field(group, "momentum"),
+            schedule=first.schedule,
+            max_norm=first.max_norm,
+            jitter=_field(group, "jitter"),
+            rows=_one(chosen),
+            teacher=teacher,
+            precision=precision,
+            seed=_field(group, "seed"),
+            evaluate={held_out: (watched.images, watched.labels)},
+            on_report=on_report,
+            resume=resume,
+        )
+    share = (time.monotonic() - started) / len(group)
+    states = model.unstack() if isinstance(model, loop.Stack) else [model.state_dict()]
+    results = []
+    origin = provenance(device, precision)
+    for number, (recipe, network, weights) in enumerate(zip(group, networks, states, strict=True)):
+        network.load_state_dict(weights)
+        own = _own(curves, number) if isinstance(model, loop.Stack) else curves
+        with loop.settings("fp32", device):
+            metrics = _metrics(network.eval(), recipe, dataset, samples[chosen[number]], own)
+        weights = {name: weight.cpu() for name, weight in weights.items()}
+        results.append(Trained(metrics, own, weights, share, origin))
+    return results
+
+
+class _Committee(nn.Module):
+    """Several teachers as one: the mean of their logits, a geometric mean of probabilities."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack([member(inputs) for member in self.members]).mean(0)
+
+
+def _lesson(
+    group: Sequence[Recipe], device: torch.device, teachers: Teachers, samples: data.Split
+) -> tuple[list[Any], nn.Module | None, loop.Loss]:
+    """What a group learns from: further targets, a teacher for each batch, the loss."""
+    if not group[0].teacher:
+        return [], None, losses.cross_entropy
+    scale, share = _field(group, "temperature"), _field(group, "hard_weight")
+    if len(group) > 1:
+        scale, share = (torch.tensor(value, device=device) for value in (scale, share))
+
+    def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        return losses.distillation_loss(
+            logits, taught, labels, temperature=scale, hard_weight=share
+        )
+
+    if any(recipe.jitter for recipe in group):  # inputs change: ask the teacher each time
+        committees = [_Committee([teachers[t] for t in recipe.teacher]) for recipe in group]
+        return [], committees[0] if len(group) == 1 else loop.Stack(committees), loss
+    asked = dict.fromkeys(teacher for recipe in group for teacher in recipe.teacher)
+    with loop.settings("fp32", device):
+        known = {t: loop.predict(teachers[t], samples.images).float() for t in asked}
+    taught = [torch.stack([known[t] for t in recipe.teacher]).mean(0) for recipe in group]
+    return [_one(taught)], None, loss
+
+
+def _field(group: Sequence[Recipe], name: str) -> Any:
+    return _one([getattr(recipe, name) for recipe in group])
+
+
+def _one(values: list[Any]) -> Any:
+    """The value of one run as it is, those of several as a list."""
+    return values[0] if len(values) == 1 else values
+
+
+def _own(curves: loop.Curves, number: int) -> loop.Curves:
+    """The curves of one run of a stack."""
+    return {
+        name: values if name == "step" else [value[number] for value in values]
+        for name, values in curves.items()
+    }
+
+
+def _metrics(
+    network: nn.Module,
+    recipe: Recipe,
+    dataset: data.Dataset,
+    samples: data.Split,
+    curves: loop.Curves,
+) -> dict[str, Any]:
+    """Errors on the held-out samples, and whether the training diverged.
+
+    Diverged: a loss or logits that are not finite, or one and the same answer to all of
+    the training samples, which have several labels. One dead class is no divergence.
+    """
+    metrics: dict[str, Any] = {"status": "ok"}
+    for name in ("validation", "test") if recipe.validation else ("test",):
+        split = getattr(dataset, name)
+        errors = loop.count_errors(network, split.images, split.labels)
+        metrics[f"{name}_errors"] = errors
+        metrics[f"{name}_accuracy"] = 1 - errors / len(split)
+    some = samples[:: max(1, len(samples) // 1000)]
+    logits = loop.predict(network, some.images)
+    constant = len(some.labels.unique()) > 1 and len(logits.argmax(-1).unique()) == 1
+    finite = math.isfinite(curves["train_loss"][-1]) and bool(logits.isfinite().all())
+    if constant or not finite:
+        metrics["status"] = "diverged"
+    return metrics
+
+
+def effective(precision: str, device: torch.device) -> str:
+    """The precision that is used: bf16 on a processor that is slow at it is fp32."""
+    if precision == "bf16" and device.type == "cpu":
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return precision
+
+
+def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
+    """Where a run comes from: device, versions, threads, date. No part of its key."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kdlib": importlib.metadata.version("kdlib"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@contextlib.contextmanager
+def _progress(group: Sequence[Recipe]) -> Iterator[Callable[[loop.State], None]]:
+    """One bar for a group, in a terminal only: runs x steps, loss, accuracy, errors so far."""
+    name = group[0].model + (f" x {len(group)}" if len(group) > 1 else "")
+    with tqdm(desc=name, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def show(state: loop.State) -> None:
+            bar.total = state.steps * len(group)
+            last = {name: values[-1] for name, values in state.curves.items() if name != "step"}
+            mean = {k: sum(v) / len(v) if isinstance(v, list) else v for k, v in last.items()}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in mean.items()}, refresh=False)
+            bar.update(state.step * len(group) - bar.n)
+
+        yield show
