@@ -178,17 +178,21 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
                 for teacher in recipe.teacher
             }
             waiting[executor.submit(_train_there, members, str(device), taught)] = members
-        arrived = 0
-        try:
-            for future in as_completed(waiting):
-                for recipe, result in zip(waiting[future], future.result(), strict=True):
-                    yield recipe, _keep(recipe, keys[recipe], result, device)
-                    arrived += 1
-        except BrokenExecutor as error:
+        broken, arrived = None, 0
+        for future in as_completed(waiting):
+            try:
+                results = future.result()
+            except BrokenExecutor as error:  # go on: others had finished before it broke
+                broken = error
+                continue
+            for recipe, result in zip(waiting[future], results, strict=True):
+                yield recipe, _keep(recipe, keys[recipe], result, device)
+                arrived += 1
+        if broken is not None:
             raise RuntimeError(
-                f"the executor broke ({error}) after {arrived} of {len(missing)} runs: these "
+                f"the executor broke ({broken}) after {arrived} of {len(missing)} runs: these "
                 "are stored; the same call with a new executor trains the others"
-            ) from error
+            ) from broken
 
     return work
 
