@@ -100,3 +100,24 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     gaps = torch.zeros(bins, dtype=torch.float64, device=labels.device)
     gaps.index_add_(0, place, right - confidence.double())
     return (gaps.abs().sum() / len(labels)).item()
+
+
+def bias_shift(logits: Tensor, classes: Sequence[int], answers: Tensor, grid: Tensor) -> float:
+    """The shift of some classes' biases that agrees best with given answers.
+
+    argmin over s in grid of the rows whose argmax of (logits + s on the classes) is not the
+    answer; of several best shifts, the middle one. logits: (N, classes); answers: int64 (N,),
+    a teacher's on held-out samples, so that no label is needed; grid: (shifts,), ascending.
+    Raises ValueError for shapes that do not fit or an empty grid.
+    Hinton et al. 2015, section 3; introduced in chapter 8.
+    """
+    if answers.shape != logits.shape[:1] or grid.numel() == 0:
+        raise ValueError(
+            f"{tuple(logits.shape)} logits, {tuple(answers.shape)} answers and a grid of "
+            f"{grid.numel()} shifts: expected (N, classes), (N,) and one shift or more"
+        )
+    raised = torch.zeros_like(logits[0])
+    raised[list(classes)] = 1
+    wrong = torch.stack([((logits + s * raised).argmax(-1) != answers).sum() for s in grid])
+    best = (wrong == wrong.min()).nonzero().squeeze(1)
+    return grid[best[len(best) // 2]].item()
