@@ -8,10 +8,13 @@ Four lines: a teacher, a student, both trained, the test errors read.
     print([run.metrics["test_errors"] for run in kdlib.train_all([student, distilled])])
 """
 
-from kdlib import data, evaluate, losses, models
+from kdlib import data, evaluate, losses, models, plan
 from kdlib.loop import Stack, fit
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, train, train_all
+
+if plan.ledger() is not None:
+    fit = plan.fit
 
 __all__ = [
     "Recipe", "Run", "Stack", "data", "evaluate", "fit", "losses", "models", "train", "train_all",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib import data, group, loop, losses, models, store
+from kdlib import data, group, loop, losses, models, plan, store
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
@@ -92,6 +92,9 @@ def train_all(
         made |= {recipe: run for recipe, run in runs.items() if run is not None}
         missing = [recipe for recipe in level if recipe not in made]
         work = _scatter(executor, stack) if executor else _in_turn(stack)
+        ledger = plan.ledger()
+        if ledger is not None:
+            work = _rehearse(ledger)
         for recipe, run in work(missing, keys, where, made):
             made[recipe] = run
     runs_in_order = [made[recipe] for recipe in recipes]
@@ -193,6 +196,24 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
                 f"the executor broke ({broken}) after {arrived} of {len(missing)} runs: these "
                 "are stored; the same call with a new executor trains the others"
             ) from broken
+
+    return work
+
+
+def _rehearse(ledger: Path) -> Work:
+    """Write down what would be trained, and train nothing."""
+
+    def work(
+        missing: list[Recipe],
+        keys: dict[Recipe, str],
+        device: torch.device,
+        made: dict[Recipe, Run],
+    ) -> Made:
+        for recipe, name in keys.items():
+            plan.note(ledger, recipe, name, device, recipe in made)
+        for recipe in missing:
+            result = plan.untrained(recipe, device)
+            yield recipe, _run(recipe, vars(result), result.weights, False, device)
 
     return work
 
