@@ -1,0 +1,177 @@
+"""Results recorded on a GPU, written by a program and read beside a page's own."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+
+from kdlib import data
+from kdlib.evaluate import spread
+from kdlib.recipe import Recipe
+from kdlib.runs import Run, code_digest
+
+Rows = Mapping[str, Sequence[Run]]
+Measures = Mapping[str, Mapping[str, Sequence[float]]]  # row -> metric -> one value a run
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as the book records it: all but its weights and its curves."""
+
+    recipe: Recipe
+    metrics: dict[str, Any]
+    seconds: float
+    provenance: dict[str, Any]
+
+
+def folder() -> Path:
+    """Where results are recorded: book/reference of the clone that kdlib is imported from."""
+    return Path(__file__).resolve().parents[1] / "book" / "reference"
+
+
+def keep(chapter: str, profile: str, rows: Rows, measures: Measures | None = None) -> Path:
+    """Put a chapter's runs where `record` finds them; its file, in `data.home()`.
+
+    rows: name -> runs, one a seed. measures: what a chapter measures besides the runs' own
+    metrics, such as errors after a bias shift: row -> name -> one value a run.
+    Raises ValueError when a measure has not one value a run.
+    """
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, runs in rows.items():
+        more = (measures or {}).get(name, {})
+        for measure, values in more.items():
+            if len(values) != len(runs):
+                raise ValueError(f"{measure} of {name!r} has {len(values)} values: one a run")
+        lines[name] = [
+            {
+                "recipe": run.recipe.as_dict(),
+                "metrics": run.metrics | {key: values[at] for key, values in more.items()},
+                "seconds": run.seconds,
+                "provenance": run.provenance,
+            }
+            for at, run in enumerate(runs)
+        ]
+    content = {"chapter": chapter, "profile": profile, "code": code_digest(), "rows": lines}
+    return _write(_draft(chapter, profile), content)
+
+
+def record(chapter: str, profile: str = "full", commit: str | None = None) -> Path:
+    """Write what a chapter has kept into the book: book/reference/<chapter>.json.
+
+    commit: of the code that ran; by default that of the clone, which must have no change in
+    kdlib that is not committed. Raises FileNotFoundError when the chapter has not run at
+    that profile, ValueError when the runs come from other code or no commit is known.
+    """
+    draft = _draft(chapter, profile)
+    if not draft.is_file():
+        raise FileNotFoundError(
+            f"{chapter} has kept no {profile} results: `kdlib run {chapter} --profile {profile}`"
+        )
+    content = _read(draft)
+    if content["code"] != code_digest():
+        raise ValueError(f"kdlib's training code has changed since {chapter} ran: run it again")
+    content["commit"] = commit or _commit()
+    return _write(folder() / f"{chapter}.json", content)
+
+
+def results(chapter: str) -> dict[str, list[Recorded]] | None:
+    """A chapter's recorded runs by row, or None when none are recorded.
+
+    Raises ValueError when the file is not as `record` wrote it.
+    """
+    path = folder() / f"{chapter}.json"
+    if not path.is_file():
+        return None
+    rows = _read(path)["rows"]
+    return {
+        name: [Recorded(**line | {"recipe": Recipe.from_dict(line["recipe"])}) for line in lines]
+        for name, lines in rows.items()
+    }
+
+
+def beside(
+    chapter: str, rows: Rows, paper: Mapping[str, object], metric: str = "test_errors"
+) -> pd.DataFrame:
+    """A metric from three sources: this run, the reference run ("–" without), the paper."""
+    recorded = results(chapter) or {}
+    return pd.DataFrame(
+        {
+            "this run": {name: str(spread(runs, metric)) for name, runs in rows.items()},
+            "reference run": {
+                name: str(spread(cast(Any, recorded[name]), metric)) if name in recorded else "–"
+                for name in rows
+            },
+            "paper": {name: str(paper.get(name, "–")) for name in rows},
+        }
+    )
+
+
+def describe(chapter: str) -> str:
+    """One sentence on what the reference run ran on, or that there is none."""
+    path = folder() / f"{chapter}.json"
+    if not path.is_file():
+        return "No reference run is recorded yet, so its column holds “–”."
+    content = _read(path)
+    runs = [line for lines in content["rows"].values() for line in lines]
+    last = max(runs, key=lambda line: str(line["provenance"]["date"]))["provenance"]
+    hours = sum(line["seconds"] for line in runs) / 3600
+    return (
+        f"The reference run: {len(runs)} trainings in {hours:.2g} hours on {last['device']}, "
+        f"PyTorch {last['torch']}, {last['date'][:10]}, commit {content['commit'][:10]}."
+    )
+
+
+def _draft(chapter: str, profile: str) -> Path:
+    for value in (chapter, profile):
+        if not re.fullmatch(r"\w+", value):
+            raise ValueError(f"{value!r} is no name of a chapter or profile: letters, digits, _")
+    return data.home() / "reference" / profile / f"{chapter}.json"
+
+
+def _write(path: Path, content: dict[str, Any]) -> Path:
+    """Beside, then renamed into place: a run a line, so that changes can be read."""
+    content = {key: value for key, value in content.items() if key != "digest"}
+    content["digest"] = _digest(content)
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(text + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("digest") != _digest({k: v for k, v in content.items() if k != "digest"}):
+        raise ValueError(
+            f"{path} was changed by hand: record it anew with `kdlib reference record`"
+        )
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _commit() -> str:
+    """The clone's commit. ValueError where git knows none, or kdlib differs from it."""
+    git = ["git", "-C", str(folder().parents[1])]
+    try:
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "kdlib"], capture_output=True, text=True, check=True
+        ).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"no commit is known here ({error}): name it with commit=…") from error
+    if changed:
+        raise ValueError(f"kdlib has changes that are not committed:\n{changed}commit them first")
+    return head.strip()

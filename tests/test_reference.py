@@ -1,0 +1,115 @@
+"""Recorded results: written by a program, noticed when changed, found again when trained anew."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import kdlib
+from kdlib import reference
+from kdlib.evaluate import spread
+
+CHAPTER = "07_mnist_reproduction"
+PLAIN = kdlib.Recipe("mlp-30x30", dataset="mnist-5k", epochs=2, batch_size=50)
+SMALL = 2.0e10  # multiplications and additions of a training that a test may spend
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store, and an empty clone for what is recorded."""
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(reference, "folder", lambda: tmp_path / "clone/book/reference")
+    return tmp_path
+
+
+def rows() -> dict[str, list[kdlib.Run]]:
+    """A plain and a distilled student of two seeds, student i taught by teacher i."""
+    plain = [PLAIN.replace(seed=seed) for seed in range(2)]
+    taught = [
+        student.distil(student.replace(jitter=1), temperature=4).replace(learning_rate=0.02)
+        for student in plain
+    ]
+    runs = kdlib.train_all([*plain, *taught], device="cpu")
+    return {"plain": runs[:2], "distilled": runs[2:]}
+
+
+def test_a_recorded_row_trained_anew_gives_the_same(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = rows()
+    reference.keep(CHAPTER, "smoke", made, {"plain": {"errors_after": [3, 4]}})
+    reference.record(CHAPTER, "smoke", commit="c0ffee")
+    recorded = reference.results(CHAPTER)
+    assert recorded is not None
+    assert [len(row) for row in recorded.values()] == [2, 2]
+    assert [run.metrics["errors_after"] for run in recorded["plain"]] == [3, 4]
+    monkeypatch.setenv("KDLIB_HOME", str(store / "another"))
+    again = kdlib.train_all([run.recipe for run in recorded["distilled"]], device="cpu")
+    for old, new in zip(recorded["distilled"], again, strict=True):
+        assert not new.cached
+        assert new.metrics == old.metrics
+        assert old.provenance["torch"] == new.provenance["torch"]
+        assert old.seconds > 0
+
+
+def test_a_row_of_the_book_trained_anew_agrees() -> None:
+    """The cheapest row that was recorded, whatever the device: within five deviations."""
+    found = [
+        runs
+        for path in reference.folder().glob("*.json")
+        for runs in (reference.results(path.stem) or {}).values()
+        if not runs[0].recipe.teacher and len(runs) > 2 and _work(runs[0].recipe) < SMALL
+    ]
+    if not found:
+        pytest.skip("no small row is recorded: `kdlib run --profile full` on a GPU, then record")
+    cheapest = min(found, key=lambda runs: _work(runs[0].recipe))
+    new = kdlib.train(cheapest[0].recipe)
+    known = spread(cheapest)  # type: ignore[arg-type]
+    assert abs(new.metrics["test_errors"] - known.mean) <= 5 * max(known.deviation, 2)
+
+
+def _work(recipe: kdlib.Recipe) -> float:
+    weights = sum(weight.numel() for weight in kdlib.models.build(recipe.model).parameters())
+    return weights * recipe.epochs * 60_000 if recipe.steps is None else float("inf")
+
+
+def test_a_result_typed_by_hand_is_noticed(store: Path) -> None:
+    made = {"plain": kdlib.train_all([PLAIN], device="cpu")}
+    reference.keep(CHAPTER, "smoke", made)
+    path = reference.record(CHAPTER, "smoke", commit="c0ffee")
+    content = json.loads(path.read_text())
+    content["rows"]["plain"][0]["metrics"]["test_errors"] -= 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="changed by hand"):
+        reference.results(CHAPTER)
+
+
+def test_three_sources_side_by_side(store: Path) -> None:
+    made = {"plain": kdlib.train_all([PLAIN], device="cpu")}
+    errors = made["plain"][0].metrics["test_errors"]
+    before = reference.beside(CHAPTER, made, {"plain": 146})
+    assert before.loc["plain"].tolist() == [f"{errors:.1f} (1)", "–", "146"]
+    assert reference.results(CHAPTER) is None
+    assert "No reference run" in reference.describe(CHAPTER)
+    reference.keep(CHAPTER, "smoke", made)
+    reference.record(CHAPTER, "smoke", commit="c0ffee" * 4)
+    after = reference.beside(CHAPTER, made, {})
+    assert after.loc["plain"].tolist() == [f"{errors:.1f} (1)", f"{errors:.1f} (1)", "–"]
+    assert "c0ffeec0ff" in reference.describe(CHAPTER)
+
+
+def test_what_cannot_be_recorded_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="kdlib run 07_mnist_reproduction --profile full"):
+        reference.record(CHAPTER)
+    made = {"plain": kdlib.train_all([PLAIN], device="cpu")}
+    with pytest.raises(ValueError, match="one a run"):
+        reference.keep(CHAPTER, "full", made, {"plain": {"shift": []}})
+    with pytest.raises(ValueError, match="no name of a chapter"):
+        reference.keep("../07", "full", made)
+    reference.keep(CHAPTER, "full", made)
+    with pytest.raises(ValueError, match="no commit is known"):
+        reference.record(CHAPTER)
+    monkeypatch.setattr(reference, "code_digest", lambda: "other")
+    with pytest.raises(ValueError, match="has changed"):
+        reference.record(CHAPTER, commit="c0ffee")
+    assert list(store.glob("clone/**/*.json")) == []
