@@ -1,6 +1,7 @@
 """Recorded results: written by a program, noticed when changed, found again when trained anew."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,24 @@ def test_what_cannot_be_recorded_is_refused(store: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="has changed"):
         reference.record(CHAPTER, commit="c0ffee")
     assert list(store.glob("clone/**/*.json")) == []
+
+
+def test_the_commit_is_that_of_the_code_that_ran(store: Path) -> None:
+    clone = store / "clone"
+    (clone / "kdlib").mkdir(parents=True)
+    code = clone / "kdlib/code.py"
+    code.write_text("one = 1\n")
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        command = ["git", "-C", str(clone), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("add", "kdlib")
+    git("commit", "--quiet", "--message", "code")
+    reference.keep(CHAPTER, "full", {"plain": kdlib.train_all([PLAIN], device="cpu")})
+    assert json.loads(reference.record(CHAPTER).read_text())["commit"] == git("rev-parse", "HEAD")
+    code.write_text("one = 2\n")
+    with pytest.raises(ValueError, match="not committed"):
+        reference.record(CHAPTER)
