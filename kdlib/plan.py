@@ -38,7 +38,10 @@ def note(path: Path, recipe: Recipe, key: str, device: torch.device, stored: boo
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a ledger, each once, in the order in which they were first asked for."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({line["key"]: line for line in reversed(lines)}.values())[::-1]
+    first: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        first.setdefault(line["key"], line)
+    return list(first.values())
 
 
 def untrained(recipe: Recipe, device: torch.device) -> group.Trained:
