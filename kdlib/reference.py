@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from kdlib import data
+from kdlib import data, plan
 from kdlib.evaluate import spread
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, code_digest
@@ -41,8 +41,11 @@ def keep(chapter: str, profile: str, rows: Rows, measures: Measures | None = Non
 
     rows: name -> runs, one a seed. measures: what a chapter measures besides the runs' own
     metrics, such as errors after a bias shift: row -> name -> one value a run.
+    A rehearsal, whose networks are untrained, keeps nothing.
     Raises ValueError when a measure has not one value a run.
     """
+    if plan.ledger() is not None:
+        return _draft(chapter, profile)
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, runs in rows.items():
         more = (measures or {}).get(name, {})

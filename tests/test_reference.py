@@ -116,6 +116,13 @@ def test_what_cannot_be_recorded_is_refused(store: Path, monkeypatch: pytest.Mon
     assert list(store.glob("clone/**/*.json")) == []
 
 
+def test_a_rehearsal_keeps_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDLIB_PLAN", str(store / "ledger"))
+    reference.keep(CHAPTER, "full", {"plain": kdlib.train_all([PLAIN], device="cpu")})
+    with pytest.raises(FileNotFoundError):
+        reference.record(CHAPTER)
+
+
 def test_the_commit_is_that_of_the_code_that_ran(store: Path) -> None:
     clone = store / "clone"
     (clone / "kdlib").mkdir(parents=True)
