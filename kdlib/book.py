@@ -74,8 +74,14 @@ def chapters() -> list[str]:
     return [name for name in found if (root() / "book" / f"{name}.ipynb").is_file()]
 
 
-def _read(path: Path) -> Any:
-    return nbformat.reads(path.read_text(), as_version=4)
+def read_notebook(path: Path) -> Any:
+    """A notebook as nbformat has it."""
+    return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)  # type: ignore[no-untyped-call]
+
+
+def write_notebook(notebook: Any, path: Path) -> None:
+    """Write a notebook in nbformat's form."""
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")  # type: ignore[no-untyped-call]
 
 
 def choose(names: Sequence[str]) -> list[str]:
@@ -89,7 +95,7 @@ def choose(names: Sequence[str]) -> list[str]:
 
 def defaults(chapter: str) -> Parameters:
     """A chapter's parameters and their defaults, as its parameters cell assigns them."""
-    notebook = _read(root() / "book" / f"{chapter}.ipynb")
+    notebook = read_notebook(root() / "book" / f"{chapter}.ipynb")
     values: Parameters = {}
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
@@ -205,7 +211,7 @@ def execute(job: Job, *, force: bool = False) -> str:
                 f"the notebook as it failed: {failed}"
             ) from error
         seconds = time.monotonic() - started
-        notebook = clean(_read(output))
+        notebook = clean(read_notebook(output))
         notebook.metadata["kdlib"] = {
             "profile": job.profile,
             "dataset": job.parameters.get("dataset", defaults(job.chapter).get("dataset")),
@@ -215,7 +221,7 @@ def execute(job: Job, *, force: bool = False) -> str:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "digest": digest,
         }
-        output.write_text(nbformat.writes(notebook))
+        write_notebook(notebook, output)
         os.replace(output, job.page)
     return f"{seconds:.0f} s"
 
@@ -287,7 +293,7 @@ def made(page: Path) -> dict[str, Any]:
     """What an executed page says of itself: profile, dataset, seconds… Empty without one."""
     if not page.is_file():
         return {}
-    return dict(_read(page).metadata.get("kdlib", {}))
+    return dict(read_notebook(page).metadata.get("kdlib", {}))
 
 
 def pages() -> dict[str, Path]:

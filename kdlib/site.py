@@ -14,7 +14,17 @@ from urllib.parse import urlsplit
 import nbformat
 import yaml
 
-from kdlib.book import FALLBACK, BookError, chapters, clean, made, pages, root
+from kdlib.book import (
+    FALLBACK,
+    BookError,
+    chapters,
+    clean,
+    made,
+    pages,
+    read_notebook,
+    root,
+    write_notebook,
+)
 
 NOT_RUN = """\
 :::{{warning}}
@@ -101,10 +111,10 @@ def _stage(top: Path, staging: Path) -> None:
     ran = pages()
     for chapter in chapters():
         page = staging / "book" / f"{chapter}.ipynb"
-        notebook = _page(ran[chapter] if chapter in ran else page)
+        notebook = _page(ran.get(chapter, page))
         if chapter not in ran:
             notebook.cells.insert(1, _markdown(NOT_RUN.format(chapter=chapter)))
-        page.write_text(nbformat.writes(notebook))
+        write_notebook(notebook, page)
     _fill_in(staging / "book")
     config = yaml.safe_load((top / "_config.yml").read_text())
     home = repository(top)
@@ -118,7 +128,7 @@ def _stage(top: Path, staging: Path) -> None:
 
 
 def _page(path: Path) -> Any:
-    return clean(nbformat.reads(path.read_text(), as_version=4))
+    return clean(read_notebook(path))
 
 
 def _markdown(text: str) -> Any:
@@ -159,4 +169,4 @@ def _fill_in(book: Path) -> None:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell["source"] = fill(cell.source, name)
-        (book / name).write_text(nbformat.writes(notebook))
+        write_notebook(notebook, book / name)
