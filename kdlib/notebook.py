@@ -1,5 +1,6 @@
 """What a chapter needs of its page: figures for the text, checked parameters, a colophon."""
 
+import ast
 import math
 import platform
 from collections.abc import Callable, Mapping
@@ -57,6 +58,20 @@ def check_parameters(
     for name, (value, allowed) in choices.items():
         _one_of(name, value, allowed)
     data.resolve_device(device)
+
+
+def listed(value: Any) -> list[Any]:
+    """A parameter that is a list; `papermill -p NAME '[1, 4]'` gives it as text.
+
+    Raises ValueError for what is no list.
+    """
+    try:
+        found = ast.literal_eval(value) if isinstance(value, str) else value
+    except (SyntaxError, ValueError):
+        found = None
+    if not isinstance(found, list | tuple):
+        raise ValueError(f"got {value!r}: expected a list such as [1, 4, 20]")
+    return list(found)
 
 
 def colophon(profile: str, dataset: str, device: str = "auto", seeds: Any = 0) -> Markdown:
