@@ -8,6 +8,9 @@ Four lines: a teacher, a student, both trained, the test errors read.
     print([run.metrics["test_errors"] for run in kdlib.train_all([student, distilled])])
 """
 
+import importlib
+from types import ModuleType
+
 from kdlib import data, evaluate, losses, models, plan
 from kdlib.loop import Stack, fit
 from kdlib.recipe import Recipe
@@ -19,3 +22,10 @@ if plan.ledger() is not None:
 __all__ = [
     "Recipe", "Run", "Stack", "data", "evaluate", "fit", "losses", "models", "train", "train_all",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The modules that bring matplotlib or IPython are imported when they are named."""
+    if name in ("notebook", "plots", "reference"):
+        return importlib.import_module(f"kdlib.{name}")
+    raise AttributeError(f"module 'kdlib' has no attribute {name!r}")
