@@ -1,26 +1,20 @@
-"""The chain of chapters: which there are, with what parameters, executed by papermill."""
+"""The chapters: which there are, what parameters they take, which pages have been made."""
 
 import ast
+import contextlib
 import difflib
-import hashlib
-import json
-import os
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import yaml
 
-from kdlib import data, plan
+from kdlib import data
 
 Parameters = dict[str, Any]
 FALLBACK = "mnist-5k"
-NOT_TRAINING = ("cli.py", "site.py", "book.py")  # a change in these needs no new run
 
 
 class BookError(RuntimeError):
@@ -85,9 +79,11 @@ def write_notebook(notebook: Any, path: Path) -> None:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """Chapters by name, in the book's order; all of them where none is named."""
+    """Chapters by name or number, in the book's order; all of them where none is named."""
     known = chapters()
-    wanted = {Path(name).stem for name in names}
+    numbers = {name.split("_")[0].lstrip("0"): name for name in known}
+    stems = [Path(name).stem for name in names]
+    wanted = {numbers.get(stem.lstrip("0"), stem) for stem in stems}
     for name in sorted(wanted - set(known)):
         raise BookError(f"unknown chapter {name!r}{_nearest(name, known)}")
     return [name for name in known if name in wanted or not wanted]
@@ -115,6 +111,10 @@ def jobs(chosen: list[str], profile: str, given: dict[str, str]) -> tuple[list[J
     known = {chapter: defaults(chapter) for chapter in chosen}
     path = root() / "book" / "profiles" / f"{profile}.yml"
     scales = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
+    for name in sorted(set(scales) - set(chapters())):
+        raise BookError(f"{path} has an unknown chapter {name!r}{_nearest(name, chapters())}")
+    if "profile" in given:
+        raise BookError(f"a profile is chosen with --profile {given['profile']}, not with -p")
     everywhere = sorted({name for values in known.values() for name in values})
     for name in given:
         if name not in everywhere:
@@ -129,7 +129,8 @@ def jobs(chosen: list[str], profile: str, given: dict[str, str]) -> tuple[list[J
         for name, text in given.items():
             if name in values:
                 parameters[name] = _typed(chapter, name, _parsed(text, values[name]), values)
-        listed.append(Job(chapter, profile, parameters))
+        new = {name: value for name, value in parameters.items() if value != values[name]}
+        listed.append(Job(chapter, profile, new))
     if "dataset" in given or not any(_dataset(job, known) == "mnist" for job in listed):
         return listed, ""
     try:
@@ -153,7 +154,14 @@ def _dataset(job: Job, known: dict[str, Parameters]) -> Any:
 
 def _parsed(text: str, default: Any) -> Any:
     """A value as papermill's -p takes it; besides, a list may be written out."""
-    return text if isinstance(default, str) else yaml.safe_load(text)
+    from papermill.cli import _resolve_type
+
+    if isinstance(default, str):
+        return text
+    if isinstance(default, list):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text)
+    return _resolve_type(text)
 
 
 def _typed(chapter: str, name: str, value: Any, values: Parameters) -> Any:
@@ -183,112 +191,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else f": there are {', '.join(known)}"
 
 
-def execute(job: Job, *, force: bool = False) -> str:
-    """Execute a chapter unless its page is up to date; a line on what was done.
-
-    The page is replaced only by a finished one. Raises BookError that names the chapter, the
-    cell and the error when a cell fails; the notebook as it failed is kept beside the pages.
-    """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    digest = _digest(job)
-    if not force and made(job.page).get("digest") == digest:
-        return "up to date"
-    job.page.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=job.page.parent, prefix=".new-") as beside:
-        output = Path(beside) / job.page.name
-        try:
-            _papermill(papermill, job, output)
-        except PapermillExecutionError as error:
-            failed = root() / "_build" / "failed" / job.page.name
-            failed.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(output, failed)
-            raise BookError(
-                f"{job.chapter} failed in cell {error.cell_index}, "
-                f"{error.source.strip().splitlines()[0]!r}: {error.ename}: {error.evalue}\n"
-                f"the notebook as it failed: {failed}"
-            ) from error
-        seconds = time.monotonic() - started
-        notebook = clean(read_notebook(output))
-        notebook.metadata["kdlib"] = {
-            "profile": job.profile,
-            "dataset": job.parameters.get("dataset", defaults(job.chapter).get("dataset")),
-            "fallback": job.fallback,
-            "parameters": job.parameters,
-            "seconds": round(seconds, 1),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "digest": digest,
-        }
-        write_notebook(notebook, output)
-        os.replace(output, job.page)
-    return f"{seconds:.0f} s"
-
-
-def _papermill(papermill: Any, job: Job, output: Path) -> None:
-    import logging
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    papermill.execute_notebook(
-        job.source,
-        output,
-        parameters=job.parameters,
-        kernel_name="python3",
-        progress_bar=os.isatty(2),
-        cwd=job.source.parent,
-    )
-
-
-def rehearse(job: Job) -> list[str]:
-    """What a chapter would train, told by running it with untrained networks."""
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = Path(folder) / "ledger.jsonl"
-        ledger.touch()
-        os.environ["KDLIB_PLAN"] = str(ledger)
-        stopped = ""
-        try:
-            _papermill(papermill, job, Path(folder) / "page.ipynb")
-        except PapermillExecutionError as error:  # untrained networks may fail a chapter's checks
-            stopped = f"; from cell {error.cell_index} on unknown"
-        finally:
-            del os.environ["KDLIB_PLAN"]
-        lines = plan.read(ledger)
-    new = [line for line in lines if not line["stored"]]
-    head = (
-        f"{job.chapter}: {len(lines)} runs, {len(lines) - len(new)} of them in the store, "
-        f"about {sum(line['seconds'] for line in new):.0f} s for the others{stopped}"
-    )
-    return [head] + [
-        f"  {line['key']}  {line['model']:16} {line['steps']:7} steps  "
-        + ("stored" if line["stored"] else f"{line['seconds']:6.1f} s")
-        for line in lines
-    ]
-
-
-def clean(notebook: Any) -> Any:
-    """An executed notebook without paths and times, its injected cell hidden.
-
-    Raises BookError when a cell holds an error.
-    """
-    notebook.metadata.pop("papermill", None)
-    for number, cell in enumerate(notebook.cells):
-        outputs = cell.get("outputs", [])
-        tags = cell.metadata.get("tags", [])
-        failed = any(output.output_type == "error" for output in outputs)
-        if failed or "papermill-error-cell-tag" in tags:
-            raise BookError(f"cell {number} holds an error: execute the chapter again")
-        if "injected-parameters" in tags:
-            cell.metadata["tags"] = [*tags, "hide-input"]
-            cell["id"] = "injected-parameters"
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-    return notebook
-
-
 def made(page: Path) -> dict[str, Any]:
     """What an executed page says of itself: profile, dataset, seconds… Empty without one."""
     if not page.is_file():
@@ -296,23 +198,12 @@ def made(page: Path) -> dict[str, Any]:
     return dict(read_notebook(page).metadata.get("kdlib", {}))
 
 
-def pages() -> dict[str, Path]:
-    """The newest executed page of each chapter that has one."""
+def pages(profile: str | None = None) -> dict[str, Path]:
+    """The executed page of each chapter that has one: that of a profile, else the latest."""
     found: dict[str, Path] = {}
     for chapter in chapters():
-        candidates = list((root() / "_build" / "executed").glob(f"*/{chapter}.ipynb"))
-        if candidates:
-            found[chapter] = max(candidates, key=lambda path: made(path).get("date", ""))
+        candidates = (root() / "_build" / "executed").glob(f"{profile or '*'}/{chapter}.ipynb")
+        latest = max(candidates, key=lambda path: path.stat().st_mtime_ns, default=None)
+        if latest:
+            found[chapter] = latest
     return found
-
-
-def _digest(job: Job) -> str:
-    """A digest of all that an executed page depends on."""
-    notebook = json.loads(job.source.read_text())
-    cells = [(cell["cell_type"], cell["source"], cell["metadata"]) for cell in notebook["cells"]]
-    parts = [json.dumps([cells, job.parameters], sort_keys=True)]
-    library = Path(__file__).parent
-    parts += [p.read_text() for p in sorted(library.glob("*.py")) if p.name not in NOT_TRAINING]
-    recorded = root() / "book" / "reference" / f"{job.chapter}.json"
-    parts += [recorded.read_text()] if recorded.is_file() else []
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     build = commands.add_parser("build", help="render what has been executed to _build/html")
+    build.add_argument(
+        "--profile", choices=("smoke", "quick", "full"),
+        help="pages of this profile alone (default: the latest of each chapter)",
+    )  # fmt: skip
     build.set_defaults(command=_build)
 
     data = commands.add_parser("data", help="say which datasets are there, or fetch them")
@@ -89,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from kdlib import book
+    from kdlib import book, chain
 
     chosen = book.choose(options.chapters)
     jobs, note = book.jobs(chosen, options.profile, dict(options.given))
@@ -97,18 +101,18 @@ def _run(options: argparse.Namespace) -> None:
         print(f"kdlib: {note}", flush=True)
     if options.plan:
         for job in jobs:
-            print("\n".join(book.rehearse(job)), flush=True)
+            print("\n".join(chain.rehearse(job)), flush=True)
         return
     for job in jobs:
         print(f"{job.chapter}: ", end="", flush=True)
-        print(book.execute(job, force=options.force), flush=True)
+        print(chain.execute(job, force=options.force), flush=True)
 
 
 def _build(options: argparse.Namespace) -> None:
     from kdlib import site
 
-    index = site.build()
-    print("\n".join(site.summary()))
+    index = site.build(options.profile)
+    print("\n".join(site.summary(options.profile)))
     print(f"the book is at {index}")
 
 

@@ -1,5 +1,6 @@
 """The site: a staging copy of the book with its executed pages, rendered by Jupyter Book."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,28 +19,32 @@ from kdlib.book import (
     FALLBACK,
     BookError,
     chapters,
-    clean,
+    defaults,
     made,
     pages,
     read_notebook,
     root,
     write_notebook,
 )
+from kdlib.chain import clean
 
-NOT_RUN = """\
-:::{{warning}}
-This chapter has not been run yet: its code stands here without results.
-`make book CHAPTERS="{chapter}"` executes it.
-:::
-"""
-BANNER = (
-    f"MNIST could not be had when this book was made: its figures are from {FALLBACK}, "
+NOT_RUN = (
+    "This chapter has not been run yet: its code stands here without results. "
+    '`make book CHAPTERS="{chapter}"` executes it.'
+)
+ON_SAMPLE = (
+    f"MNIST could not be had when this was made: its figures are from {FALLBACK}, "
     "a sample of 5,000 digits, and are not those of the paper's data."
 )
+SMOKE = (
+    "This was made at the smoke profile: few digits and very short trainings, to see that the "
+    "code runs. Its figures mean little."
+)
 GLUED = re.compile(r"\{glue:[a-z:]*\}`([^`]+)`")
+REFERRED = re.compile(r"\{(?:num)?ref\}`(?:([^`<]*?)\s*<)?([^`<>]+)>?`")
 
 
-def build() -> Path:
+def build(profile: str | None = None) -> Path:
     """Render the site into _build/html; its index page.
 
     The old site stays until the new one is whole. Raises BookError when a page holds an error
@@ -50,10 +55,9 @@ def build() -> Path:
     work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work, prefix="staging-") as folder:
         staging, output = Path(folder) / "source", Path(folder) / "output"
-        _stage(top, staging)
-        command = ["jupyter-book", "build", str(staging), "--path-output", str(output)]
+        _stage(top, staging, profile)
         finished = subprocess.run(
-            [str(Path(sys.executable).parent / command[0]), *command[1:], *_STRICT],
+            [*_JUPYTER_BOOK, "build", str(staging), "--path-output", str(output), *_STRICT],
             capture_output=True,
             text=True,
         )
@@ -71,12 +75,13 @@ def build() -> Path:
     return work / "html" / "index.html"
 
 
+_JUPYTER_BOOK = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
 _STRICT = ["-W", "--keep-going", "-n"]
 
 
-def summary() -> list[str]:
+def summary(profile: str | None = None) -> list[str]:
     """A line a chapter: what was executed, at which profile, on which data, how long."""
-    ran = pages()
+    ran = pages(profile)
     lines = []
     for chapter in chapters():
         if chapter not in ran:
@@ -100,35 +105,73 @@ def _swap(fresh: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _stage(top: Path, staging: Path) -> None:
+def _stage(top: Path, staging: Path, profile: str | None) -> None:
     """Copy what Jupyter Book reads, with the executed pages in place of the clean ones."""
-    shutil.copytree(
-        top / "book",
-        staging / "book",
-        ignore=shutil.ignore_patterns("profiles", ".*", "*.toml", "reference"),
-    )
+    left_out = shutil.ignore_patterns("profiles", ".*", "*.toml", "reference")
+    shutil.copytree(top / "book", staging / "book", ignore=left_out)
+    _copy_mathjax(staging / "book" / "_static" / "mathjax")
     shutil.copy(top / "_toc.yml", staging)
-    ran = pages()
+    ran = pages(profile)
     for chapter in chapters():
         page = staging / "book" / f"{chapter}.ipynb"
-        notebook = _page(ran.get(chapter, page))
-        if chapter not in ran:
-            notebook.cells.insert(1, _markdown(NOT_RUN.format(chapter=chapter)))
+        notebook = clean(read_notebook(ran.get(chapter, page)))
+        notes = _notes(made(ran[chapter])) if chapter in ran else [NOT_RUN]
+        for note in notes:
+            text = f":::{{warning}}\n{note.format(chapter=chapter)}\n:::"
+            notebook.cells.insert(1, _markdown(text))
         write_notebook(notebook, page)
-    _fill_in(staging / "book")
+    _fill_in(staging / "book", set(ran))
+    rerun = staging / "book" / "rerun.md"
+    if rerun.is_file():
+        rerun.write_text(rerun.read_text().replace("<!-- parameters -->", _parameters()))
     config = yaml.safe_load((top / "_config.yml").read_text())
     home = repository(top)
     if home:
         config["repository"] = {"url": home, "path_to_book": "", "branch": "main"}
         config["launch_buttons"] = {"colab_url": "https://colab.research.google.com"}
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
-    if any(made(page).get("fallback") for page in ran.values()):
-        config["html"]["announcement"] = BANNER
+    everywhere = dict.fromkeys(note for page in ran.values() for note in _notes(made(page)))
+    if everywhere:
+        config["html"]["announcement"] = " ".join(everywhere)
     (staging / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def _page(path: Path) -> Any:
-    return clean(read_notebook(path))
+def _notes(about: dict[str, Any]) -> list[str]:
+    """What a reader must know of how a page was made, before reading its figures."""
+    smoke, sample = about.get("profile") == "smoke", about.get("fallback")
+    return [SMOKE] * smoke + [ON_SAMPLE] * bool(sample)
+
+
+def _copy_mathjax(place: Path) -> None:
+    """Put the part of MathJax that the pages load beside them, so that they need no network."""
+    package = importlib.util.find_spec("sphinx-mathjax-offline")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("no MathJax", name="sphinx-mathjax-offline")
+    source = Path(package.origin).parent / "static" / "mathjax"
+    for part in ("output/chtml/fonts", "input/tex/extensions"):
+        shutil.copytree(source / part, place / part)
+    shutil.copy(source / "tex-chtml.js", place)
+
+
+def _parameters() -> str:
+    """A table a chapter of its parameters: name, default, and the comment beside it."""
+    parts = []
+    for chapter in chapters():
+        parts += [f"{{doc}}`{chapter}`", "", "| parameter | default | |", "|---|---|---|"]
+        comments = _comments(chapter)
+        for name, value in defaults(chapter).items():
+            parts.append(f"| `{name}` | `{value!r}` | {comments.get(name, '')} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _comments(chapter: str) -> dict[str, str]:
+    """What the parameters cell says of each parameter."""
+    notebook = read_notebook(root() / "book" / f"{chapter}.ipynb")
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = [line for cell in cells for line in cell.source.splitlines() if "=" in line]
+    found = {line.split("=")[0].strip(): line.partition("#")[2].strip() for line in lines}
+    return {name: comment.replace("|", "\\|") for name, comment in found.items()}
 
 
 def _markdown(text: str) -> Any:
@@ -146,22 +189,28 @@ def repository(top: Path) -> str:
     return "" if host.split(".")[-2:-1] == ["example"] else url
 
 
-def _fill_in(book: Path) -> None:
-    """Put a dash where the text names a figure of a page that has not been run."""
+def _fill_in(book: Path, ran: set[str]) -> None:
+    """Put a dash where the text names a figure that a page has not, for want of a run."""
     glued: dict[str, set[str]] = {}
-    notebooks = {page.name: _page(page) for page in book.glob("*.ipynb")}
+    pictures: set[str] = set()  # of pages that have not been run
+    notebooks = {page.name: read_notebook(page) for page in book.glob("*.ipynb")}
     for name, notebook in notebooks.items():
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         found = {o.get("metadata", {}).get("scrapbook", {}).get("name") for o in outputs}
         glued[name] = {key.removeprefix("application/papermill.record/") for key in found if key}
+        if Path(name).stem not in ran:
+            figures = (cell.metadata.get("mystnb", {}).get("figure", {}) for cell in notebook.cells)
+            pictures |= {figure["name"] for figure in figures if "name" in figure}
 
     def fill(text: str, page: str) -> str:
-        def one(match: re.Match[str]) -> str:
+        def figure(match: re.Match[str]) -> str:
             source, _, key = match[1].rpartition("::")
-            known = glued.get(source or page, set())
-            return match[0] if key.split(":")[0] in known else "–"
+            return match[0] if key.split(":")[0] in glued.get(source or page, set()) else "–"
 
-        return GLUED.sub(one, text)
+        def picture(match: re.Match[str]) -> str:
+            return match[1] or "the figure" if match[2].strip() in pictures else match[0]
+
+        return REFERRED.sub(picture, GLUED.sub(figure, text))
 
     for page in book.glob("*.md"):
         page.write_text(fill(page.read_text(), page.name))
