@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Run:
     weights: dict[str, Tensor]
     cached: bool
     device: torch.device
+    _logits: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def model(self) -> nn.Module:
         """The network, in eval mode, on the device that `train` was given."""
@@ -46,15 +47,16 @@ class Run:
         network.load_state_dict(self.weights)
         return network.to(self.device).eval()
 
-    @functools.cache  # noqa: B019 -- a few megabytes, gone with the run
     def logits(self, split: str = "test") -> Tensor:
         """The logits (N, classes), float32, of a split: train, validation, full or test."""
         splits = ("train", "validation", "full", "test")
         if split not in splits:
             raise ValueError(f"unknown split {split!r}: expected one of {', '.join(splits)}")
-        part: data.Split = getattr(data.load(self.recipe.dataset, self.device), split)
-        with loop.settings("fp32", self.device):
-            return loop.predict(self.model(), part.images).float()
+        if split not in self._logits:
+            part: data.Split = getattr(data.load(self.recipe.dataset, self.device), split)
+            with loop.settings("fp32", self.device):
+                self._logits[split] = loop.predict(self.model(), part.images).float()
+        return self._logits[split]
 
 
 def train(
@@ -133,14 +135,13 @@ def _cut(
 ) -> list[list[Recipe]]:
     """Groups of recipes; those of an interrupted call first, cut as it had cut them."""
     known = {name: recipe for recipe, name in keys.items()}
-    old = [[known[name] for name in names if name in known] for names in store.unfinished()]
-    old = [
-        members
-        for members, names in zip(old, store.unfinished(), strict=True)
-        if len(members) == len(names) and set(members) & set(missing)
-    ]
-    rest = [recipe for recipe in missing if not any(recipe in members for members in old)]
-    return old + group.cut(rest, device, stack)
+    groups, rest = [], list(missing)
+    for names in store.unfinished():
+        members = [known[name] for name in names if name in known]
+        if len(members) == len(names) and any(recipe in rest for recipe in members):
+            groups.append(members)
+            rest = [recipe for recipe in rest if recipe not in members]
+    return groups + group.cut(rest, device, stack)
 
 
 def _train_here(
