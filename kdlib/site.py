@@ -58,6 +58,7 @@ def build(profile: str | None = None) -> Path:
         _stage(top, staging, profile)
         finished = subprocess.run(
             [*_JUPYTER_BOOK, "build", str(staging), "--path-output", str(output), *_STRICT],
+            env={**os.environ, "NO_COLOR": "1"},
             capture_output=True,
             text=True,
         )
@@ -71,6 +72,7 @@ def build(profile: str | None = None) -> Path:
                 if "WARNING" in line or "ERROR" in line
             ]
             raise BookError("\n".join(["the site could not be built:", *wrong[:20], f"see {log}"]))
+        _mend(fresh)
         _swap(fresh, work / "html")
     return work / "html" / "index.html"
 
@@ -93,6 +95,15 @@ def summary(profile: str | None = None) -> list[str]:
             f"{about['seconds']:6.0f} s  {about['date']}"
         )
     return lines
+
+
+def _mend(html: Path) -> None:
+    """Take a role out of bibliographies that screen readers cannot follow: a list of no items."""
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        mended = text.replace('<div role="list" class="citation-list">', "<div>")
+        if mended != text:
+            page.write_text(mended, encoding="utf-8")
 
 
 def _swap(fresh: Path, place: Path) -> None:
