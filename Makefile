@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env data book site serve test lint format bench clean distclean
+.PHONY: help env data book site serve test lint format bench bench-gpu clean distclean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## make .venv with the tested versions of everything
 
@@ -48,6 +48,9 @@ format: env ## put code and notebooks into their one form
 
 bench: $(BENCH) ## speed against the loops that people use
 	$(BIN)/python -m benchmarks
+
+bench-gpu: ## a GPU's part, by the PyTorch at hand (OUT=folder for its record)
+	$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks --gpu $(if $(OUT),--results $(OUT))
 
 clean: ## remove what was built; the environment and the store of runs stay
 	rm -rf _build _staging .mypy_cache .pytest_cache .ruff_cache .hypothesis

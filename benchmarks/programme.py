@@ -1,0 +1,258 @@
+"""What is measured: tasks, systems, sweeps and stacks; all of it as one record."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdlib
+from benchmarks import limit, turns
+from benchmarks.systems import PEERS, Job, Task, network
+from kdlib import data, group, loop, losses
+
+LENET = Task("lenet", "lenet-half", 64)
+PLAIN = Task("mlp-1200x1200", "mlp-800x800", 64)
+PACKAGES = ("torch", "torchvision", "numpy", "kdlib", "keras", "torchdistill")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured. samples: what a job trains on in all its turns together."""
+
+    dataset: str = "mnist"
+    batches: tuple[int, ...] = (64, 256)
+    teacher_epochs: float = 2
+    turns: int = 5  # and one more, to warm up
+    samples: int = 60_000
+    group_samples: int = 19_200  # likewise, in sweeps and in stacks of growing size
+    stack: int = 4
+    sweep: int = 32
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    matmul: int = 2048
+
+    def tasks(self, *pairs: Task) -> list[Task]:
+        """Pairs of networks at every size of a batch, on this scale's data."""
+        sized = [replace(pair, batch_size=size) for pair in pairs for size in self.batches]
+        return [replace(task, dataset=self.dataset) for task in sized]
+
+    def job(self, task: Task, system: str, samples: int, **options: Any) -> Job:
+        """A job with this scale's numbers of steps."""
+        every = max(1, round(samples / task.batch_size / (self.turns + 1)))
+        return Job(task, system, steps=every * (self.turns + 1), every=every, **options)
+
+
+CPU = Scale()
+GPU = Scale(
+    turns=3,
+    samples=240_000,
+    group_samples=60_000,
+    sweep=64,
+    sizes=(1, 4, 16, 64, 256),
+    matmul=8192,
+)
+QUICK = {
+    "dataset": "mnist-5k",
+    "batches": (64,),
+    "teacher_epochs": 1,
+    "turns": 2,
+    "samples": 1_500,
+    "group_samples": 800,
+    "stack": 2,
+    "sweep": 3,
+    "sizes": (1, 2),
+    "matmul": 256,
+}
+
+
+def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
+    """Every system on every task, a sweep, and stacks of growing size."""
+    record = _header(scale, device)
+    with tempfile.TemporaryDirectory() as folder:
+        teachers, tasks = Path(folder), scale.tasks(LENET, PLAIN)
+        _teach(tasks, scale, device, teachers)
+        for task in tasks:
+            jobs = [scale.job(task, peer, scale.samples) for peer in PEERS]
+            for options in (
+                {},
+                {"precision": "bf16"},
+                {"cached": False},
+                {"runs": scale.stack, "seed": 1},
+                {"runs": scale.stack, "seed": 1 + scale.stack, "cached": False},
+            ):
+                jobs.append(scale.job(task, "kdlib", scale.samples, **options))
+            record["comparisons"].append(_compare(jobs, scale, device, teachers))
+            save(record)
+        for task in tasks[:: len(scale.batches)]:
+            jobs = [
+                scale.job(task, "kdlib-in-turn", scale.group_samples, runs=scale.sweep, precision=p)
+                for p in ("fp32", "bf16")
+            ]
+            jobs += [
+                scale.job(task, "kdlib", scale.group_samples, runs=runs) for runs in scale.sizes
+            ]
+            record["groups"].append(_compare(jobs, scale, device, teachers))
+            save(record)
+    return _close(record, save)
+
+
+def on_gpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
+    """A sweep in one stack against the article's loop, and stacks of growing size."""
+    record = _header(scale, device)
+    warmth = tuple(float(temperature) for temperature in range(2, 10))  # the task's among them
+    with tempfile.TemporaryDirectory() as folder:
+        teachers, tasks = Path(folder), scale.tasks(PLAIN)
+        _teach(tasks, scale, device, teachers)
+        for task in tasks:
+            jobs = [scale.job(task, "article", scale.samples)]
+            for options in (
+                {},
+                {"cached": False},
+                {"runs": scale.sweep, "temperatures": warmth},
+                {"runs": scale.sweep, "temperatures": warmth, "precision": "tf32"},
+                {"runs": scale.sweep, "temperatures": warmth, "precision": "bf16"},
+                {"runs": scale.sweep, "temperatures": warmth, "cached": False},
+            ):
+                jobs.append(scale.job(task, "kdlib", scale.samples, **options))
+            record["comparisons"].append(_compare(jobs, scale, device, teachers))
+            save(record)
+        for precision in ("fp32", "tf32", "bf16"):
+            jobs = [
+                scale.job(tasks[0], "kdlib", scale.group_samples, runs=runs, precision=precision)
+                for runs in scale.sizes
+            ]
+            record["groups"].append(_compare(jobs, scale, device, teachers))
+            save(record)
+    return _close(record, save)
+
+
+def _compare(jobs: Sequence[Job], scale: Scale, device: str, teachers: Path) -> Record:
+    """Jobs of one task side by side, as rows with their limits."""
+    print(f"{jobs[0].task.student}, batch {jobs[0].task.batch_size}:", flush=True)
+    rows = []
+    for result in turns.take(jobs, device, teachers):
+        row = _row(result, scale, torch.device(device))
+        rows.append(row)
+        said = row["failure"] or f"{1000 * row['step_seconds']:.3f} ms a step and run"
+        print(f"  {row['label']}: {said}, errors {row['errors']}", flush=True)
+    return {"task": asdict(jobs[0].task), "rows": rows}
+
+
+def _row(result: turns.Result, scale: Scale, device: torch.device) -> Record:
+    job = result.job
+    row: Record = {"label": job.label, **asdict(job), **asdict(result)}
+    del row["task"], row["job"]
+    row["temperatures"] = [job.temperature(run) for run in range(job.runs)]
+    if result.failure is None:
+        row["step_seconds"] = result.step
+        moved, live = limit.touched(job)
+        row["limit"] = {
+            "operations": limit.operations(job),
+            "bytes": moved,
+            "matmul_rate": limit.matmul_rate(device, job.precision, scale.matmul),
+            "copy_rate": limit.copy_rate(device, live),
+        }
+        row["planned_bytes"] = _plan(job)
+    return row
+
+
+def _plan(job: Job) -> int:
+    """What kdlib plans for the runs of a stack on a GPU, the data included."""
+    recipe = kdlib.Recipe(job.task.student, batch_size=job.task.batch_size)
+    return job.runs * group.memory(recipe) + 70_000 * 784 * 2
+
+
+def _teach(tasks: Sequence[Task], scale: Scale, device: str, folder: Path) -> None:
+    """Train each teacher once and leave its weights in a folder."""
+    full = data.load(scale.dataset, device).full
+    for name in dict.fromkeys(task.teacher for task in tasks):
+        made = network(name, 0).to(device)
+        pair = [full.images, full.labels]
+        kdlib.fit(made, pair, losses.cross_entropy, epochs=scale.teacher_epochs)
+        weights = {key: weight.cpu() for key, weight in made.state_dict().items()}
+        torch.save(weights, folder / f"{name}.pt")
+        errors = loop.count_errors(made, full.images, full.labels)
+        print(f"teacher {name}: {errors} of {len(full)} training samples wrong", flush=True)
+
+
+def _header(scale: Scale, device: str) -> Record:
+    """Where and with what it is measured."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "from its folder" if package in sys.modules else "absent"
+    cuda = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {
+        "device": device,
+        "scale": asdict(scale),
+        "quick": scale.dataset == QUICK["dataset"],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "gpu": cuda,
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": {"python": platform.python_version(), **found},
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "seconds": -time.time(),
+        "comparisons": [],
+        "groups": [],
+    }
+
+
+def _close(record: Record, save: Callable[[Record], None]) -> Record:
+    record["seconds"] += time.time()
+    save(record)
+    return record
+
+
+def _processor() -> str:
+    """The processor's name, as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file beside and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def save_to(path: Path) -> Callable[[Record], None]:
+    """A function that keeps a record in a file."""
+    return lambda record: write(path, json.dumps(record, indent=1) + "\n")
+
+
+def noise(comparison: Record) -> tuple[float, float, int]:
+    """Test errors over kdlib's own fp32 runs at the task's temperature: mean, deviation, runs."""
+    chosen = comparison["task"]["temperature"]
+    errors = [
+        wrong
+        for row in comparison["rows"]
+        if row["system"] == "kdlib" and row["precision"] == "fp32"
+        for wrong, temperature in zip(row["errors"], row["temperatures"], strict=False)
+        if temperature == chosen
+    ]
+    spread = statistics.stdev(errors) if len(errors) > 1 else float("nan")
+    return (statistics.fmean(errors) if errors else float("nan")), spread, len(errors)

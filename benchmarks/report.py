@@ -1,0 +1,374 @@
+"""A record as Markdown and as a figure: every number on the page is computed here."""
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.programme import Record, noise, write
+from benchmarks.systems import PEERS
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+PAGES = FOLDER.parent / "book" / "benchmark"
+DEVIATIONS = 4  # further than this from kdlib's mean, errors are called unequal
+ORDERED = {"cpu": "make bench", "cuda": "make bench-gpu"}
+Row = dict[str, Any]
+
+
+def render(results: Path = RESULTS, pages: Path = PAGES) -> None:
+    """Write a page part for each device, and a figure where its record is there."""
+    for device in ORDERED:
+        path = results / f"{device}.json"
+        record = json.loads(path.read_text()) if path.is_file() else None
+        write(pages / f"{device}.md", page(record, device))
+        if record is not None:
+            write(pages / f"{device}.svg", figure(record))
+
+
+def page(record: Record | None, device: str) -> str:
+    """The Markdown of one device."""
+    if record is None:
+        return f"Not measured yet: `{ORDERED[device]}` measures it.\n"
+    parts = [_measured_on(record), *_asked(record)]
+    for comparison in record["comparisons"]:
+        parts += [f"### {_name(comparison['task'])}", _times(comparison)]
+    parts += _sweeps(record)
+    parts += ["### How near the limit", _limits(record)]
+    if any("peak_bytes" in row["note"] for row in _all_rows(record)):
+        parts += ["### Memory", _memory(record)]
+    parts += ["### Time of a run as the stack grows", _figure_block(record, device)]
+    parts += _troubles(record)
+    return "\n\n".join(parts) + "\n"
+
+
+def unmet(record: Record) -> list[str]:
+    """What failed, or is not comparable: reasons to end with an error."""
+    failed = [f"{row['label']}: {row['failure']}" for row in _all_rows(record) if row["failure"]]
+    for comparison in record["comparisons"]:
+        for row in comparison["rows"]:
+            if not row["failure"] and not _equal(row, comparison):
+                failed.append(
+                    f"{_name(comparison['task'])}, {row['label']}: {_errors(row, comparison)} test "
+                    f"errors, expected about {noise(comparison)[0]:.0f}: not the same result"
+                )
+    return failed
+
+
+def _measured_on(record: Record) -> str:
+    machine, versions = record["machine"], record["versions"]
+    device = f"{machine['gpu']}; " if machine["gpu"] else ""
+    used = ", ".join(f"{name} {number}" for name, number in versions.items() if number != "absent")
+    lines = [
+        f"Measured {record['date'][:10]} on: {device}{machine['processor']}, "
+        f"{machine['cores']} cores, {record['threads']} threads a process, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}; {used}. "
+        f"Load before the start: {record['load_before']:.2f}. "
+        f"The whole took {record['seconds'] / 60:.1f} minutes."
+    ]
+    if record["quick"]:
+        lines.append("**A trial with `--quick`: too short to mean anything.**")
+    return "\n\n".join(lines)
+
+
+def _asked(record: Record) -> list[str]:
+    """What was asked of the library, beside what was measured."""
+    rows = list(_gpu_aims(record) if record["machine"]["gpu"] else _cpu_aims(record))
+    if not rows:
+        return []
+    head = ("task", "asked", "measured", "met")
+    return ["### What was asked", _table(head, [(*row[:3], _yes(row[3])) for row in rows])]
+
+
+def _cpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
+    """Of each task: kdlib's fastest single run whose result equals the others'."""
+    for comparison in record["comparisons"]:
+        rows = [row for row in comparison["rows"] if not row["failure"]]
+        peers = [row for row in rows if _is_peer(row)]
+        own = [row for row in rows if row["system"] == "kdlib" and row["runs"] == 1]
+        own = [row for row in own if _equal(row, comparison)]
+        if len(peers) < len(PEERS) or not own:
+            continue  # the list of failures tells
+        name, ours = _name(comparison["task"]), min(own, key=_step)
+        times, fastest = peers[0]["step_seconds"] / _step(ours), min(peers, key=_step)
+        aims = (3, 4) if comparison["task"]["student"] == "lenet-half" else (4,)
+        for aim in aims:
+            measured = f"{_times_of(times)} ({ours['label']})"
+            yield name, f"{aim} × as fast as the article’s loop", measured, times >= aim
+        lead = _step(fastest) / _step(ours)
+        yield (
+            name,
+            "faster than the fastest peer",
+            f"{_times_of(lead)} ({fastest['label']})",
+            lead > 1,
+        )
+        mean, spread, _ = noise(comparison)
+        allowed = f"errors within {mean:.0f} ± {DEVIATIONS * spread:.0f}"
+        yield name, "equal results", allowed, all(_equal(row, comparison) for row in peers)
+
+
+def _gpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
+    for comparison in record["comparisons"]:
+        name = _name(comparison["task"])
+        article = [
+            row["step_seconds"]
+            for row in comparison["rows"]
+            if row["system"] == "article" and not row["failure"]
+        ]
+        for row in comparison["rows"]:
+            if row["runs"] < 2 or not row["cached"] or row["failure"]:
+                continue
+            for seconds in article:
+                times = seconds / row["step_seconds"]
+                asked = f"{row['label']}: 100 × the article’s loop, per run"
+                yield name, asked, _times_of(times), times >= 100
+            share = _bound(row)[2]
+            yield name, f"{row['label']}: 40 % of the limit", f"{share:.0%}", share >= 0.4
+    most = [row for row in _all_rows(record) if "peak_bytes" in row["note"]]
+    if most:
+        worst = max(row["note"]["peak_bytes"] / row["planned_bytes"] for row in most)
+        yield "all stacks", "never more memory than planned", f"{worst:.0%} of it", worst <= 1
+
+
+def _times(comparison: Record) -> str:
+    """The systems of one task: seconds an epoch, and against the article's loop."""
+    batch = comparison["task"]["batch_size"]
+    article = _by_label(comparison).get("the article’s loop", {}).get("step_seconds", math.nan)
+    lines = []
+    for row in comparison["rows"]:
+        if row["failure"]:
+            lines.append((row["label"], "failed", "", "", ""))
+            continue
+        seconds = row["step_seconds"]
+        low, high = (f(row["seconds"]) / row["every"] / row["runs"] for f in (min, max))
+        lines.append(
+            (
+                row["label"],
+                _three(seconds * 60_000 / batch),
+                f"{_three(1000 * seconds)} ({_three(1000 * low)}–{_three(1000 * high)})",
+                _times_of(article / seconds),
+                _errors(row, comparison),
+            )
+        )
+    head = (
+        "system",
+        "s an epoch and run",
+        "ms a step (range)",
+        "article’s loop = 1",
+        "test errors",
+    )
+    row = comparison["rows"][0]
+    notes = [
+        f"{len(row['seconds'])} turns of {row['every']} steps after one to warm up; all train "
+        f"{row['steps']} steps. "
+    ]
+    mean, spread, runs = noise(comparison)
+    notes.append(f"Errors of {runs} runs of kdlib in fp32: {mean:.0f} ± {spread:.0f}. ")
+    asked = [
+        r["note"]["teacher_seconds"] for r in comparison["rows"] if "teacher_seconds" in r["note"]
+    ]
+    if asked:
+        notes.append(
+            "Where kdlib does not ask the teacher on every batch, it asks once before the first "
+            f"step: {_three(statistics.median(asked))} s, not in the table."
+        )
+    return _table(head, lines) + "\n\n" + "".join(notes)
+
+
+def _sweeps(record: Record) -> list[str]:
+    """Sweeps of many runs: peers' times are those of one run multiplied."""
+    lines = []
+    for comparison in record["comparisons"]:
+        task, count = comparison["task"], record["scale"]["sweep"]
+        alike = [group for group in record["groups"] if group["task"] == task]
+        rows = [(row, "one × runs") for row in comparison["rows"] if _is_peer(row)]
+        rows += [(r, "measured") for r in comparison["rows"] if r["runs"] == count]
+        rows += [(r, "measured") for group in alike for r in group["rows"] if r["runs"] == count]
+        if not any(how == "measured" for _, how in rows):
+            continue
+        for row, how in rows:
+            if not row["failure"]:
+                minutes = row["step_seconds"] * 60_000 / task["batch_size"] * count / 60
+                lines.append((_name(task), row["label"], _three(minutes), how))
+    if not lines:
+        return []
+    head = ("task", "system", "minutes an epoch of all runs", "how")
+    return [f"### A sweep of {record['scale']['sweep']} runs", _table(head, lines)]
+
+
+def _limits(record: Record) -> str:
+    """Measured time of a step against the two physical limits."""
+    lines = []
+    for comparison in record["comparisons"]:
+        for row in comparison["rows"]:
+            if row["system"] != "kdlib" or not row["cached"] or row["failure"]:
+                continue
+            binds, seconds, share = _bound(row)
+            bound = row["limit"]
+            lines.append(
+                (
+                    _name(comparison["task"]),
+                    row["label"],
+                    f"{_three(bound['operations'] / 1e9)} at {_three(bound['matmul_rate'] / 1e9)}",
+                    f"{_three(bound['bytes'] / 1e6)} at {_three(bound['copy_rate'] / 1e9)}",
+                    binds,
+                    _three(1000 * seconds),
+                    _three(1000 * row["step_seconds"] * row["runs"]),
+                    f"{share:.0%}",
+                )
+            )
+    head = ("task", "system", "GFLOP at GFLOP/s", "MB at GB/s", "binds")
+    head = (*head, "limit, ms", "a step, ms", "share")
+    return _table(head, lines)
+
+
+def _memory(record: Record) -> str:
+    """Peak memory of stacks against what was planned for them."""
+    lines = [
+        (
+            row["label"],
+            str(row["runs"]),
+            f"{row['note']['peak_bytes'] / 2**30:.2f}",
+            f"{row['planned_bytes'] / 2**30:.2f}",
+            _yes(row["note"]["peak_bytes"] <= row["planned_bytes"]),
+        )
+        for row in _all_rows(record)
+        if "peak_bytes" in row["note"]
+    ]
+    return _table(("system", "runs", "peak, GiB", "planned, GiB", "within"), lines)
+
+
+def figure(record: Record) -> str:
+    """SVG: milliseconds of a step and run against the number of runs in the stack."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from kdlib import plots
+
+    plots.use()
+    with plt.rc_context({"svg.hashsalt": "benchmark", "svg.fonttype": "none"}):
+        canvas, axes = plt.subplots(figsize=(6.4, 3.8))
+        colours = [plots.COLOURS[name] for name in ("other", "amber", "light")]
+        for group, colour in zip(record["groups"], colours, strict=False):
+            rows = [row for row in group["rows"] if row["system"] == "kdlib" and not row["failure"]]
+            if not rows:
+                continue
+            runs = [row["runs"] for row in rows]
+            times = [1000 * row["step_seconds"] for row in rows]
+            axes.plot(runs, times, marker="o", color=colour)
+            label = f"{group['task']['student']}, {rows[0]['precision']}"
+            axes.annotate(
+                label, (runs[-1], times[-1]), (0, 7), textcoords="offset points",
+                color=colour, ha="right",
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="runs in the stack", ylabel="ms a step and run")
+        sizes = record["scale"]["sizes"]
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        drawn = io.StringIO()
+        canvas.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(canvas)
+    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n"
+
+
+def _figure_block(record: Record, device: str) -> str:
+    batch = record["groups"][0]["task"]["batch_size"] if record["groups"] else "?"
+    return (
+        f"```{{figure}} benchmark/{device}.svg\n"
+        f":name: fig-benchmark-{device}\n"
+        ":alt: Lines of the time of one step of one run against the number of runs in the stack, "
+        "from one run on the left to the largest stack on the right.\n\n"
+        f"Time of a step, per run, of stacks of growing size; batch {batch}, cached teacher.\n"
+        "```"
+    )
+
+
+def _troubles(record: Record) -> list[str]:
+    """What failed, and what the systems warned of."""
+    lines = [
+        f"- {row['label']}: {row['failure'].strip().splitlines()[-1]}"
+        for row in _all_rows(record)
+        if row["failure"]
+    ]
+    return ["### What failed", "\n".join(lines)] if lines else []
+
+
+def _bound(row: Row) -> tuple[str, float, float]:
+    """(what binds, seconds of a step of all runs at the limit, share of the limit reached)."""
+    bound = row["limit"]
+    times = {
+        "operations": bound["operations"] / bound["matmul_rate"],
+        "bytes": bound["bytes"] / bound["copy_rate"],
+    }
+    binds = max(times, key=lambda what: times[what])
+    return binds, times[binds], times[binds] / (row["step_seconds"] * row["runs"])
+
+
+def _equal(row: Row, comparison: Record) -> bool:
+    """Whether errors agree with those of kdlib's fp32 runs, within their noise."""
+    mean, spread, runs = noise(comparison)
+    errors = _comparable(row, comparison)
+    if not errors or runs < 2:
+        return False
+    allowed = DEVIATIONS * spread * math.sqrt(1 / len(errors) + 1 / runs)
+    return abs(statistics.fmean(errors) - mean) <= allowed
+
+
+def _comparable(row: Row, comparison: Record) -> list[int]:
+    """Errors of the runs that have the task's own temperature."""
+    pairs = zip(row["errors"], row["temperatures"], strict=False)
+    return [wrong for wrong, scale in pairs if scale == comparison["task"]["temperature"]]
+
+
+def _errors(row: Row, comparison: Record) -> str:
+    errors = _comparable(row, comparison)
+    if len(errors) < 2:
+        return ", ".join(map(str, errors))
+    return f"{statistics.fmean(errors):.0f} ± {statistics.stdev(errors):.0f}"
+
+
+def _by_label(comparison: Record) -> dict[str, Row]:
+    return {row["label"]: row for row in comparison["rows"]}
+
+
+def _all_rows(record: Record) -> list[Row]:
+    return [row for part in record["comparisons"] + record["groups"] for row in part["rows"]]
+
+
+def _step(row: Row) -> float:
+    return float(row["step_seconds"])
+
+
+def _is_peer(row: Row) -> bool:
+    return row["system"] in PEERS
+
+
+def _name(task: Record) -> str:
+    return f"{task['teacher']} → {task['student']}, batch {task['batch_size']}"
+
+
+def _three(value: float) -> str:
+    """A number to three digits, without an exponent."""
+    if not math.isfinite(value) or value <= 0:
+        return "–"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _times_of(value: float) -> str:
+    return f"{_three(value)} ×" if math.isfinite(value) else "–"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,399 @@
+"""Each system distils the same student from the same teacher, in its own usual way.
+
+A system is a function of a `Lesson`: it trains `lesson.job.steps` steps, calls
+`lesson.after(step)` after each (kdlib: after each turn), and returns the trained students.
+All descend by SGD with Nesterov momentum at a constant learning rate, from equal weights.
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+import kdlib
+from kdlib import data, loop, losses, models
+
+Students = list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is distilled, and how: equal for every system."""
+
+    teacher: str
+    student: str
+    batch_size: int
+    dataset: str = "mnist"
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    temperature: float = 4.0
+    hard_weight: float = 0.3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system on one task. kdlib only: runs in a stack, cached logits, precision."""
+
+    task: Task
+    system: str
+    steps: int
+    every: int  # steps a turn; the first turn is the warm-up
+    runs: int = 1
+    cached: bool = True
+    precision: str = "fp32"
+    temperatures: tuple[float, ...] = ()  # of the runs, in a cycle; by default the task's
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """The system's name in a table."""
+        parts = [LABELS[self.system], "" if self.precision == "fp32" else self.precision]
+        if self.runs > 1:
+            parts.append(
+                f"{self.runs} one by one"
+                if self.system == "kdlib-in-turn"
+                else f"stack of {self.runs}"
+            )
+        parts += ["" if self.cached else "teacher on every batch"]
+        return ", ".join(part for part in parts if part)
+
+    def temperature(self, run: int) -> float:
+        """The temperature of one of the runs."""
+        return (self.temperatures or (self.task.temperature,))[run % len(self.temperatures or "1")]
+
+
+@dataclass
+class Lesson:
+    """All that a system needs, on its device. `note` holds what it wants to have recorded."""
+
+    job: Job
+    dataset: data.Dataset
+    teacher: nn.Module
+    device: torch.device
+    after: Callable[[int], bool]  # tells that a step is done; True: that was the last one
+    note: dict[str, Any] = field(default_factory=dict)
+
+    def student(self, run: int = 0) -> nn.Module:
+        """The untrained student of a run, the same for every system."""
+        return network(self.job.task.student, self.job.seed + run).to(self.device)
+
+
+def network(name: str, seed: int) -> nn.Module:
+    """An untrained network, its weights drawn by a seed."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return models.build(name)
+
+
+class Digits(Dataset[tuple[Tensor, int]]):
+    """Images one by one through PIL and transforms, as torchvision's MNIST gives them.
+
+    The mean and deviation of 0 and 1 cost what others would, and keep the teacher's inputs.
+    """
+
+    def __init__(self, split: data.Split) -> None:
+        self.split = data.Split(split.images.cpu(), split.labels.cpu())
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((0.0,), (1.0,))]
+        )
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.split.images[index].numpy(), mode="L")
+        return self.transform(image), int(self.split.labels[index])
+
+
+def article(lesson: Lesson) -> Students:
+    """The article's loop: a DataLoader, the teacher on every batch, loss and hits read each step.
+
+    Left out: its progress bar and its three TensorBoard scalars a step, which slow it further.
+    """
+    task, student, teacher = lesson.job.task, lesson.student().train(), lesson.teacher
+    loader = DataLoader(Digits(lesson.dataset.full), task.batch_size, shuffle=True)
+    optimizer = torch.optim.SGD(
+        student.parameters(), task.learning_rate, task.momentum, nesterov=True
+    )
+    hard, soft = nn.CrossEntropyLoss(), nn.KLDivLoss(reduction="batchmean")
+    scale, loss_sum, correct, total = task.temperature, 0.0, 0, 0
+    for step, (inputs, targets) in enumerate(_endless(loader), 1):
+        inputs, targets = inputs.to(lesson.device), targets.to(lesson.device)
+        optimizer.zero_grad()
+        logits = student(inputs)
+        with torch.no_grad():
+            taught = teacher(inputs)
+        distance = soft(torch.log_softmax(logits / scale, 1), torch.softmax(taught / scale, 1))
+        loss = task.hard_weight * hard(logits, targets)
+        loss = loss + (1 - task.hard_weight) * scale**2 * distance
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item()
+        total += len(targets)
+        correct += logits.argmax(1).eq(targets).sum().item()
+        if lesson.after(step):
+            break
+    return [student]
+
+
+def torchdistill(lesson: Lesson) -> Students:
+    """torchdistill's box, configured as its examples are, on the article's data loader."""
+    from torchdistill.core.distillation import get_distillation_box
+
+    logging.getLogger("torchdistill").setLevel(logging.WARNING)
+    task, student = lesson.job.task, lesson.student()
+    ends = {"teacher": _last(lesson.teacher), "student": _last(student)}
+    sides = {
+        side: {
+            "forward_proc": "forward_batch_only",
+            "sequential": [],
+            "requires_grad": side == "student",
+            "forward_hook": {"input": [], "output": [end]},
+        }
+        for side, end in ends.items()
+    }
+    settings = {
+        "student_module_path": ends["student"],
+        "student_module_io": "output",
+        "teacher_module_path": ends["teacher"],
+        "teacher_module_io": "output",
+        "temperature": task.temperature,
+        "alpha": task.hard_weight,
+        "reduction": "batchmean",
+    }
+    descent = {"lr": task.learning_rate, "momentum": task.momentum, "nesterov": True}
+    config = sides | {
+        "num_epochs": 1,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": RandomSampler, "kwargs": {}},
+            "kwargs": {"batch_size": task.batch_size},
+        },
+        "val_data_loader": {},
+        "optimizer": {"key": "SGD", "kwargs": descent},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "kd": {"criterion": {"key": "KDLoss", "kwargs": settings}, "weight": 1.0}
+                }
+            },
+        },
+    }
+    box = get_distillation_box(
+        lesson.teacher,
+        student,
+        {"train": Digits(lesson.dataset.full)},
+        config,
+        lesson.device,
+        None,
+        False,
+        1,
+    )
+    box.pre_epoch_process(epoch=0)
+    for step, (inputs, targets, extra) in enumerate(_endless(box.train_data_loader), 1):
+        inputs, targets = inputs.to(lesson.device), targets.to(lesson.device)
+        loss = box.forward_process(inputs, targets, extra)
+        box.post_forward_process(loss)
+        if lesson.after(step):
+            break
+    return [student]
+
+
+def keras(lesson: Lesson) -> Students:
+    """Keras's Distiller on the torch backend: `fit` on arrays that lie ready as floats."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    keras.config.set_image_data_format("channels_first")  # torch's own layout, the faster here
+    task, network = lesson.job.task, lesson.student()
+    teacher, student = _to_keras(lesson.teacher), _to_keras(network)
+    distiller = keras.distillation.Distiller(
+        teacher=teacher,
+        student=student,
+        distillation_losses=keras.distillation.LogitsDistillation(
+            # the default, "kl_divergence", is taken for some other loss and gets the logits
+            temperature=task.temperature,
+            loss=keras.losses.KLDivergence(),
+        ),
+        student_loss_weight=task.hard_weight,
+    )
+    distiller.compile(
+        optimizer=keras.optimizers.SGD(task.learning_rate, task.momentum, nesterov=True),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+
+    class Turns(keras.callbacks.Callback):  # type: ignore[misc]
+        """Counts the steps over all epochs."""
+
+        done = 0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.done += 1
+            self.model.stop_training = lesson.after(self.done)
+
+    full = lesson.dataset.full
+    distiller.fit(
+        data.to_input(full.images).cpu().numpy(),
+        full.labels.cpu().numpy(),
+        batch_size=task.batch_size,
+        epochs=lesson.job.steps,  # more than needed: Turns stops it
+        verbose=0,
+        callbacks=[Turns()],
+    )
+    _from_keras(student, network)
+    return [network]
+
+
+def kdlib_fit(lesson: Lesson) -> Students:
+    """kdlib.fit: one student, or a stack of them; the teacher asked once, or on every batch."""
+    job, task = lesson.job, lesson.job.task
+    students = [lesson.student(run) for run in range(job.runs)]
+    full, teacher = lesson.dataset.full, lesson.teacher
+    targets = [full.labels]
+    if job.cached:
+        started = time.perf_counter()
+        targets.append(loop.predict(teacher, full.images))
+        lesson.note["teacher_seconds"] = time.perf_counter() - started
+    model: nn.Module = students[0]
+    scale: float | Tensor = job.temperature(0)
+    if job.runs > 1:
+        model, teacher = loop.Stack(students), loop.Stack([teacher] * job.runs)
+        scale = torch.tensor([job.temperature(run) for run in range(job.runs)])
+        scale = scale.to(lesson.device)
+
+    def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        return losses.distillation_loss(
+            logits, taught, labels, temperature=scale, hard_weight=task.hard_weight
+        )
+
+    def on_report(state: loop.State) -> None:
+        last = lesson.after(state.step)
+        if last and lesson.device.type == "cuda":  # the memory of training and of evaluation
+            loop.count_errors(model, lesson.dataset.test.images, lesson.dataset.test.labels)
+            lesson.note["peak_bytes"] = torch.cuda.max_memory_allocated(lesson.device)
+
+    kdlib.fit(
+        model,
+        [full.images, *targets],
+        loss,
+        steps=job.steps,
+        batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        momentum=task.momentum,
+        schedule="constant",
+        teacher=None if job.cached else teacher,
+        precision=job.precision,
+        seed=[job.seed + run for run in range(job.runs)] if job.runs > 1 else job.seed,
+        report_every=job.every,
+        on_report=on_report,
+    )
+    if isinstance(model, loop.Stack):
+        for student, weights in zip(students, model.unstack(), strict=True):
+            student.load_state_dict(weights)
+    return students
+
+
+def kdlib_in_turn(lesson: Lesson) -> Students:
+    """A sweep as `train_all` runs it on a CPU: one after another, the teacher asked once."""
+    job, task, full = lesson.job, lesson.job.task, lesson.dataset.full
+    taught = loop.predict(lesson.teacher, full.images)
+    students = [lesson.student(run) for run in range(job.runs)]
+    for done in range(job.every, job.steps + 1, job.every):
+        for run, student in enumerate(students):
+            scale = job.temperature(run)
+
+            def loss(
+                logits: Tensor, labels: Tensor, taught: Tensor, scale: float = scale
+            ) -> Tensor:
+                return losses.distillation_loss(
+                    logits, taught, labels, temperature=scale, hard_weight=task.hard_weight
+                )
+
+            kdlib.fit(
+                student,
+                [full.images, full.labels, taught],
+                loss,
+                steps=job.every,
+                batch_size=task.batch_size,
+                learning_rate=task.learning_rate,
+                momentum=task.momentum,
+                schedule="constant",
+                precision=job.precision,
+                seed=job.seed + run,
+            )
+        lesson.after(done)
+    return students
+
+
+SYSTEMS: dict[str, Callable[[Lesson], Students]] = {
+    "article": article,
+    "keras": keras,
+    "torchdistill": torchdistill,
+    "kdlib": kdlib_fit,
+    "kdlib-in-turn": kdlib_in_turn,
+}
+LABELS = {
+    "kdlib": "kdlib",
+    "article": "the article’s loop",
+    "keras": "Keras 3, Distiller on torch",
+    "torchdistill": "torchdistill",
+    "kdlib-in-turn": "kdlib",
+}
+PEERS = ("article", "keras", "torchdistill")
+
+
+def _endless(loader: DataLoader[Any]) -> Any:
+    """Epoch after epoch."""
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def _last(network: nn.Module) -> str:
+    """The path of the layer that gives the logits."""
+    return [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def _to_keras(network: nn.Module) -> Any:
+    """One of kdlib's networks in Keras's layers, its weights copied."""
+    import keras
+
+    made = {
+        nn.Conv2d: lambda x: keras.layers.Conv2D(x.out_channels, x.kernel_size),
+        nn.Linear: lambda x: keras.layers.Dense(x.out_features),
+        nn.MaxPool2d: lambda x: keras.layers.MaxPooling2D(x.kernel_size),
+        nn.ReLU: lambda x: keras.layers.ReLU(),
+        nn.Flatten: lambda x: keras.layers.Flatten("channels_last"),  # else it reorders first
+    }
+    layers = [made[type(layer)](layer) for layer in network.modules() if type(layer) in made]
+    twin = keras.Sequential([keras.Input((1, 28, 28)), *layers])
+    for (kernel, bias), layer in _pairs(twin, network):
+        weight = layer.weight.detach().cpu()
+        order = (2, 3, 1, 0) if isinstance(layer, nn.Conv2d) else (1, 0)
+        kernel.assign(weight.permute(order).numpy())
+        bias.assign(layer.bias.detach().cpu().numpy())
+    return twin
+
+
+def _from_keras(twin: Any, network: nn.Module) -> None:
+    """Copy the weights back."""
+    with torch.no_grad():
+        for (kernel, bias), layer in _pairs(twin, network):
+            order = (3, 2, 0, 1) if isinstance(layer, nn.Conv2d) else (1, 0)
+            layer.weight.copy_(kernel.value.permute(order))
+            layer.bias.copy_(bias.value)
+
+
+def _pairs(twin: Any, network: nn.Module) -> list[tuple[Any, Any]]:
+    """(kernel, bias) of Keras beside the layer of PyTorch that has the same weights."""
+    theirs = [layer.weights for layer in twin.layers if layer.weights]
+    ours = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    return list(zip(theirs, ours, strict=True))
