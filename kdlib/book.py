@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import yaml
-
 from kdlib import data
 
 Parameters = dict[str, Any]
@@ -52,6 +49,8 @@ def root() -> Path:
 
 def chapters() -> list[str]:
     """The chapters that are notebooks, in the order of _toc.yml."""
+    import yaml
+
     found: list[str] = []
 
     def visit(node: Any) -> None:
@@ -70,11 +69,15 @@ def chapters() -> list[str]:
 
 def read_notebook(path: Path) -> Any:
     """A notebook as nbformat has it."""
+    import nbformat
+
     return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)  # type: ignore[no-untyped-call]
 
 
 def write_notebook(notebook: Any, path: Path) -> None:
     """Write a notebook in nbformat's form."""
+    import nbformat
+
     path.write_text(nbformat.writes(notebook), encoding="utf-8")  # type: ignore[no-untyped-call]
 
 
@@ -108,6 +111,8 @@ def jobs(chosen: list[str], profile: str, given: dict[str, str]) -> tuple[list[J
     and no dataset was asked for, the chapters get mnist-5k, and the note says so.
     Raises BookError for an unknown name or a wrong type, DataError for damaged data.
     """
+    import yaml
+
     known = {chapter: defaults(chapter) for chapter in chosen}
     path = root() / "book" / "profiles" / f"{profile}.yml"
     scales = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}

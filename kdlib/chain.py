@@ -89,7 +89,7 @@ def _papermill(papermill: Any, job: Job, output: Path) -> None:
         kernel_name="python3",
         progress_bar=os.isatty(2),
         cwd=job.source.parent,
-        extra_arguments=["--log-level=ERROR"],  # the kernel's own talk, not the chapter's
+        extra_arguments=["--log-level=CRITICAL"],  # the kernel's own talk, not the chapter's
     )
 
 

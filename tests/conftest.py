@@ -1,0 +1,145 @@
+"""What several test files share: a store of their own, the real data, the book made once."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import nbformat
+import pytest
+
+from kdlib import data
+
+ROOT = Path(__file__).resolve().parent.parent
+KDLIB = [sys.executable, "-c", "import sys; from kdlib.cli import main; sys.exit(main())"]
+
+
+def give_up(reason: str) -> None:
+    """Skip, in words; under CI fail, since there what is needed has to be there."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the developer's store; the data folder stays as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_DATA", str(data.folder()))
+        patch.setenv("KDLIB_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real MNIST files; a loud skip without, a failure under CI."""
+    states = {status.name: status for status in data.available()}
+    if states["mnist"].state != "verified":
+        give_up(f"needs MNIST in KDLIB_DATA: {states['mnist'].detail}")
+    return data.folder()
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A clone of the book in a folder of its own, and kdlib's commands in it."""
+
+    root: Path
+    environment: dict[str, str]
+
+    def kdlib(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the clone, in a process of its own."""
+        return subprocess.run(
+            [*KDLIB, *arguments],
+            cwd=self.root,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+        )
+
+    def page(self, chapter: str, profile: str = "smoke") -> Any:
+        """An executed notebook."""
+        path = self.root / "_build" / "executed" / profile / f"{chapter}.ipynb"
+        return nbformat.read(path, as_version=4)
+
+    @property
+    def html(self) -> Path:
+        """The rendered site."""
+        return self.root / "_build" / "html"
+
+    @property
+    def chapters(self) -> list[str]:
+        """The chapters in the order of the table of contents."""
+        listed = re.findall(r"book/(\d\d_\w+)", (self.root / "_toc.yml").read_text())
+        return [name for name in listed if (self.root / "book" / f"{name}.ipynb").is_file()]
+
+
+def copy_of_the_book(place: Path, **environment: str) -> Clone:
+    """The book's own sources, without kdlib: that is the one installed here."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("_config.yml", "_toc.yml", "pyproject.toml"):
+        shutil.copy(ROOT / name, place)
+    left_out = shutil.ignore_patterns(".*", "__pycache__")
+    shutil.copytree(ROOT / "book", place / "book", ignore=left_out)
+    return Clone(place, environment)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Clone]) -> Clone:
+    """Make something once for all of pytest-xdist's workers; its failure is everyone's."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    place, told = shared / name, shared / f"{name}.json"
+    with filelock.FileLock(shared / f"{name}.lock"):
+        if not told.exists():
+            clone = make(place)
+            told.write_text(json.dumps([str(clone.root), clone.environment]))
+        root, environment = json.loads(told.read_text())
+    if "failed" in environment:
+        pytest.fail(environment["failed"])
+    return Clone(Path(root), environment)
+
+
+def offline(place: Path) -> dict[str, str]:
+    """An environment without data at hand and without a network."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    return {
+        **nowhere,
+        **{name.upper(): value for name, value in nowhere.items()},
+        "NO_PROXY": "127.0.0.1,localhost",
+        "KDLIB_DATA": str(place / "data"),
+        "KDLIB_HOME": str(place / "home"),
+        "GITHUB_REPOSITORY": "",
+    }
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """The whole book executed at the smoke profile, with no network and an empty store."""
+
+    def make(place: Path) -> Clone:
+        clone = copy_of_the_book(place, **offline(place.with_name("smoke-store")))
+        result = clone.kdlib("run", "--profile", "smoke")
+        (place / "run.log").write_text(result.stdout + result.stderr)
+        if result.returncode:
+            clone.environment["failed"] = result.stdout + result.stderr
+        return clone
+
+    return once(tmp_path_factory, "smoke", make)
+
+
+@pytest.fixture(scope="session")
+def site(chain: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """The site rendered from the smoke chain."""
+
+    def make(place: Path) -> Clone:
+        result = chain.kdlib("build")
+        if result.returncode:
+            return Clone(chain.root, {"failed": result.stdout + result.stderr})
+        return chain
+
+    return once(tmp_path_factory, "site", make)
