@@ -119,5 +119,5 @@ def bias_shift(logits: Tensor, classes: Sequence[int], answers: Tensor, grid: Te
     raised = torch.zeros_like(logits[0])
     raised[list(classes)] = 1
     wrong = torch.stack([((logits + s * raised).argmax(-1) != answers).sum() for s in grid])
-    best = (wrong == wrong.min()).nonzero().squeeze(1)
-    return grid[best[len(best) // 2]].item()
+    best = (wrong == wrong.min()).nonzero().squeeze(1).tolist()
+    return grid[best[(len(best) - 1) // 2]].item()
