@@ -81,7 +81,7 @@ def _failed_cell(job: Job, output: Path) -> str:
 def _papermill(papermill: Any, job: Job, output: Path) -> None:
     import logging
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     papermill.execute_notebook(
         job.source,
         output,
