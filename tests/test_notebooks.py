@@ -1,0 +1,203 @@
+"""Every chapter: its source form, its parameters, and the whole chain at the smoke profile."""
+
+import ast
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from conftest import ROOT, Clone
+
+from kdlib import book
+
+NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+COMMON = {"profile": "quick", "dataset": "mnist", "device": "auto", "seed": 0}
+LONGEST_CELL, MEDIAN_CELL, LONGEST_LINE = 25, 6, 88
+GLUED = re.compile(r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`")
+
+chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def tagged(notebook: Any, tag: str) -> list[Any]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def code(notebook: Any) -> list[Any]:
+    """The code that a chapter's author wrote for its readers."""
+    return [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", [])
+    ]
+
+
+# --- the sources -------------------------------------------------------------------------
+
+
+@chapter
+def test_a_chapter_begins_and_ends_as_all_do(path: Path) -> None:
+    notebook = read(path)
+    title, *rest = notebook.cells
+    assert title.cell_type == "markdown"
+    assert title.source.startswith("# ")
+    setup, parameters, check, *others = [cell for cell in rest if cell.cell_type == "code"]
+    assert "setup" in setup.metadata.tags
+    assert parameters.metadata.tags == ["parameters"]
+    assert len(tagged(notebook, "parameters")) == 1
+    assert "check_parameters(" in check.source
+    assert "colophon(" in others[-1].source
+
+
+@chapter
+def test_papermill_sees_every_parameter(path: Path) -> None:
+    (cell,) = tagged(read(path), "parameters")
+    assigned = [line.targets[0].id for line in ast.parse(cell.source).body]  # type: ignore[attr-defined]
+    seen = papermill.inspect_notebook(str(path))
+    assert list(seen) == assigned
+    for name, parameter in seen.items():
+        ast.literal_eval(parameter["default"])
+        assert parameter["help"], f"{name} has no comment"
+    assert {name: ast.literal_eval(seen[name]["default"]) for name in COMMON} == COMMON
+
+
+@chapter
+def test_cells_and_lines_are_short(path: Path) -> None:
+    notebook = read(path)
+    lengths = {cell.id: len(cell.source.splitlines()) for cell in code(notebook)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_CELL} == {}
+    assert statistics.median(lengths.values()) <= MEDIAN_CELL
+    wide = [
+        line for c in code(notebook) for line in c.source.splitlines() if len(line) > LONGEST_LINE
+    ]
+    assert wide == []
+
+
+@pytest.mark.parametrize("profile", ["smoke", "full"])
+def test_profiles_name_every_chapter_and_fit_it(
+    profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    jobs, _ = book.jobs(book.chapters(), profile, {"dataset": "mnist-5k"})
+    assert [job.chapter for job in jobs] == [path.stem for path in NOTEBOOKS]
+    for job in jobs:
+        assert job.parameters.keys() > {"profile", "dataset"}, f"{profile}.yml lacks {job.chapter}"
+
+
+def test_smoke_needs_no_network() -> None:
+    text = (ROOT / "book/profiles/smoke.yml").read_text()
+    lines = [line for line in text.splitlines() if line and line[0].isdigit()]
+    assert len(lines) == len(NOTEBOOKS)
+    assert all("dataset: mnist-5k" in line for line in lines)
+
+
+# --- the chain at the smoke profile ------------------------------------------------------
+
+
+@pytest.mark.chain
+def test_the_whole_chain_runs_at_smoke(chain: Clone) -> None:
+    assert chain.chapters == [path.stem for path in NOTEBOOKS]
+    log = (chain.root / "run.log").read_text().splitlines()
+    assert [line.split(":")[0] for line in log] == chain.chapters
+    for name in chain.chapters:
+        about = chain.page(name).metadata["kdlib"]
+        assert about["profile"] == "smoke"
+        assert about["dataset"] == "mnist-5k"
+        assert about["fallback"] is False
+
+
+@pytest.mark.chain
+@chapter
+def test_a_page_prints_no_warning_and_names_no_place(path: Path, chain: Clone) -> None:
+    for cell in chain.page(path.stem).cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", cell.id
+            assert output.get("name") != "stderr", f"{cell.id}: {output.text}"
+            shown = str({k: v for k, v in output.get("data", output).items() if "image" not in k})
+            for place in (str(ROOT), str(chain.root), str(Path.home())):
+                assert place not in shown, cell.id
+
+
+@pytest.mark.chain
+@chapter
+def test_every_picture_has_a_text_and_a_caption(path: Path, chain: Clone) -> None:
+    pictures = 0
+    for cell in chain.page(path.stem).cells:
+        source = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.DOTALL)
+        if cell.cell_type == "markdown":
+            assert not re.search(r"!\[\s*\]\(", source), f"{cell.id}: a picture without a text"
+        shown = [output.get("data", {}) for output in cell.get("outputs", [])]
+        for data in shown:
+            tags = re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))
+            assert all(re.search(r'alt="[^"]+"', tag) for tag in tags), cell.id
+        if any(key.startswith("image/") for data in shown for key in data):
+            pictures += 1
+            about = cell.metadata.get("mystnb", {})
+            assert about.get("image", {}).get("alt"), f"{cell.id} has no text for its picture"
+            assert about.get("figure", {}).get("caption"), f"{cell.id} has no caption"
+    assert pictures > 0
+
+
+@pytest.mark.chain
+def test_every_figure_that_a_text_names_is_glued_by_its_chapter(chain: Clone) -> None:
+    glued: dict[str, set[str]] = {}
+    texts: dict[str, list[str]] = {}
+    for name in chain.chapters:
+        page = chain.page(name)
+        outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
+        keys = [output.get("metadata", {}).get("scrapbook", {}).get("name") for output in outputs]
+        glued[f"{name}.ipynb"] = {key for key in keys if key}
+        texts[f"{name}.ipynb"] = [c.source for c in page.cells if c.cell_type == "markdown"]
+    for path in (ROOT / "book").glob("*.md"):
+        texts[path.name] = [path.read_text()]
+    named = [
+        (page, *match)
+        for page, parts in texts.items()
+        for match in re.findall(
+            r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`", "".join(parts)
+        )
+    ]
+    assert named
+    prefix = "application/papermill.record/"
+    known = {page: {key.removeprefix(prefix) for key in keys} for page, keys in glued.items()}
+    missing = [(p, of, key) for p, of, key in named if key not in known.get(of or p, set())]
+    assert missing == []
+
+
+@pytest.mark.chain
+def test_nbval_runs_every_chapter_with_the_smoke_parameters(
+    chain: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder outside of any clone, each with what the store of the chain holds."""
+    monkeypatch.chdir(ROOT)
+    jobs, _ = book.jobs(book.chapters(), "smoke", {"dataset": "mnist-5k"})
+    for job in jobs:
+        output = tmp_path / f"{job.chapter}.ipynb"
+        papermill.execute_notebook(
+            str(job.source), str(output), job.parameters, prepare_only=True, kernel_name="python3"
+        )
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=600", "-q"),
+            *("-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull, "--rootdir", "."),
+            *(f"{job.chapter}.ipynb" for job in jobs),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, **chain.environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    cells = sum(len(code(read(job.source))) for job in jobs)
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed
+    assert int(passed[1]) > cells

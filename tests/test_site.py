@@ -1,0 +1,368 @@
+"""The rendered site in a real browser: offline, without errors, readable, operable."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from conftest import Clone, copy_of_the_book, give_up, offline
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from kdlib import book, site
+
+pytestmark = pytest.mark.browser
+SIZES = {"desktop": (1280, 900), "phone": (375, 812)}
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Say nothing of each request."""
+
+
+@pytest.fixture(scope="module")
+def address(site: Clone) -> Iterator[str]:
+    """The site on a plain file server of this machine."""
+    handler = functools.partial(Quiet, directory=str(site.html))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium of this system: KDLIB_CHROMIUM, else one on the PATH."""
+    found = os.environ.get("KDLIB_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        give_up("needs a Chromium: install one, or name it with KDLIB_CHROMIUM")
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        running = playwright.chromium.launch(executable_path=found, args=options)
+        yield running
+        running.close()
+
+
+def pages(html: Path) -> list[str]:
+    """The pages' addresses within the site."""
+    names = [str(path.relative_to(html)) for path in sorted(html.rglob("*.html"))]
+    return [name for name in names if not name.startswith("_static/")]
+
+
+class Watched:
+    """A page of the site, and all that went wrong while it was shown."""
+
+    def __init__(self, context: BrowserContext, address: str) -> None:
+        self.page = context.new_page()
+        self.wrong: list[str] = []
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
+        self.page.on("request", lambda r: self._request(r.url, address))
+        self.page.on("response", lambda r: self._response(r.status, r.url))
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.wrong.append(f"console: {message.text}")
+
+    def _request(self, url: str, address: str) -> None:
+        if not url.startswith((address, "data:", "blob:")):
+            self.wrong.append(f"another host: {url}")
+
+    def _response(self, status: int, url: str) -> None:
+        if status >= 400:
+            self.wrong.append(f"{status}: {url}")
+
+    def show(self, url: str) -> Page:
+        self.page.goto(url)
+        self.page.wait_for_load_state("networkidle")
+        return self.page
+
+
+def open_context(browser: Browser, size: str = "desktop", scheme: Any = "light") -> BrowserContext:
+    width, height = SIZES[size]
+    return browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+
+
+def serious(page: Page) -> list[tuple[str, list[str]]]:
+    """What axe-core finds that is serious or worse, and where."""
+    found = Axe().run(page).response["violations"]
+    return [
+        (fault["id"], [node["html"][:200] for node in fault["nodes"]][:5])
+        for fault in found
+        if fault["impact"] in ("serious", "critical")
+    ]
+
+
+# --- the pages that the chain has made ---------------------------------------------------
+
+
+def test_the_index_leads_to_the_book(site: Clone, address: str, browser: Browser) -> None:
+    with open_context(browser) as context:
+        page = Watched(context, address).show(address)
+        page.wait_for_url("**/book/intro.html")
+        assert page.locator("h1").count() == 1
+        listed = page.locator(".bd-sidebar a").evaluate_all("all => all.map(a => a.href)")
+        for chapter in site.chapters:
+            assert f"{address}book/{chapter}.html" in listed
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_page_is_whole_quiet_and_fits(
+    size: str, scheme: str, site: Clone, address: str, browser: Browser
+) -> None:
+    """No error, no other host, all pictures, no sideways scrolling, nothing that axe finds."""
+    wrong: dict[str, list[Any]] = {}
+    with open_context(browser, size, scheme) as context:
+        for name in pages(site.html):
+            watched = Watched(context, address)
+            page = watched.show(address + name)
+            assert page.locator("html").get_attribute("data-theme") == scheme
+            found: list[Any] = list(watched.wrong)
+            page.locator("img").evaluate_all("all => all.forEach(i => { i.loading = 'eager' })")
+            page.wait_for_function("[...document.images].every(image => image.complete)")
+            for image in page.locator("img").all():
+                if not image.evaluate("image => image.naturalWidth"):
+                    found.append(f"no picture: {image.get_attribute('src')}")
+                if not image.get_attribute("alt"):
+                    found.append(f"no text: {image.get_attribute('src')}")
+            width = page.evaluate("document.documentElement.scrollWidth")
+            if width > SIZES[size][0]:
+                found.append(f"{width} pixels wide")
+            found += serious(page)
+            if found:
+                wrong[name] = found
+            page.close()
+    assert wrong == {}
+
+
+def test_formulas_are_set_without_a_network(site: Clone, address: str, browser: Browser) -> None:
+    with open_context(browser) as context:
+        for chapter in site.chapters:
+            page = Watched(context, address).show(f"{address}book/{chapter}.html")
+            written = page.locator(".math").count()
+            page.wait_for_function("MathJax.startup.promise.then(() => true)")
+            assert written > 0, chapter
+            assert page.locator(".math mjx-container").count() >= written, chapter
+            assert page.locator("mjx-merror").count() == 0, chapter
+
+
+class Anchors(HTMLParser):
+    """The links of a page, and the places in it that links can name."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.places = {"", "top"}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.places |= {values[key] or "" for key in ("id", "name") if key in values}
+        if tag in ("a", "link") and values.get("href"):
+            self.links.append(values["href"] or "")
+
+
+def test_no_link_is_broken(site: Clone) -> None:
+    parsed = {name: Anchors((site.html / name).read_text()) for name in pages(site.html)}
+    broken = []
+    for name, page in parsed.items():
+        for link in page.links:
+            target, place = urldefrag(urljoin(f"http:///{name}", link))
+            if urlsplit(target).scheme != "http" or urlsplit(target).netloc:
+                continue
+            path, place = unquote(urlsplit(target).path).lstrip("/"), unquote(place)
+            known = parsed[path].places if path in parsed else {place}
+            if not (site.html / path).is_file() or place not in known:
+                broken.append((name, link))
+    assert broken == []
+
+
+def test_the_slider_moves_the_bars_without_a_kernel(
+    site: Clone, address: str, browser: Browser
+) -> None:
+    """With the mouse and with the keyboard; and the bars are those of a distribution."""
+    with open_context(browser) as context:
+        watched = Watched(context, address)
+        page = watched.show(f"{address}book/03_temperature.html")
+        widget = page.locator("figure.kd-widget").first
+        slider = widget.locator("input[type=range]").first
+        slider.scroll_into_view_if_needed()
+
+        def boxes() -> list[Any]:
+            measure = "all => all.map(e => [e.getBoundingClientRect().width, e.textContent])"
+            return [widget.locator("*").evaluate_all(measure)]
+
+        seen = [boxes()]
+        slider.focus()
+        for key in ("End", "Home", "ArrowRight"):
+            page.keyboard.press(key)
+            assert boxes() != seen[-1], f"{key} moved nothing"
+            seen.append(boxes())
+        box = slider.bounding_box()
+        assert box
+        page.mouse.click(box["x"] + box["width"] * 0.7, box["y"] + box["height"] / 2)
+        assert boxes() != seen[-1], "the mouse moved nothing"
+        assert watched.wrong == []
+
+
+def test_the_search_finds_a_word(address: str, browser: Browser) -> None:
+    with open_context(browser) as context:
+        watched = Watched(context, address)
+        page = watched.show(f"{address}search.html?q=temperature")
+        page.locator("#search-results li a").first.wait_for()
+        assert watched.wrong == []
+
+
+def test_smoke_says_on_every_page_that_it_is_smoke(site: Clone) -> None:
+    for name in pages(site.html):
+        if name != "index.html":
+            assert "smoke profile" in (site.html / name).read_text(), name
+
+
+def test_the_page_on_running_again_lists_every_parameter(site: Clone) -> None:
+    text = (site.html / "book/rerun.html").read_text()
+    table = re.sub(r"<[^>]+>", " ", text)
+    for chapter in site.chapters:
+        cells = site.page(chapter).cells
+        (cell,) = (c for c in cells if c.metadata.get("tags") == ["parameters"])
+        for line in cell.source.splitlines():
+            assert re.search(rf"\b{line.split(' = ')[0]}\b", table), f"{chapter}: {line}"
+
+
+def test_the_site_is_not_needlessly_large(site: Clone) -> None:
+    size = sum(path.stat().st_size for path in site.html.rglob("*") if path.is_file())
+    assert size < 40 * 2**20
+
+
+# --- pages that were not run, or on other data -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory, chain: Clone) -> Clone:
+    """A book with one page, made on the sample for want of MNIST; in a repository with a home."""
+    place = tmp_path_factory.mktemp("bare") / "clone"
+    home = {"GITHUB_REPOSITORY": "someone/the-book"}
+    clone = copy_of_the_book(place, **offline(place), **home)
+    first = chain.chapters[0]
+    page = chain.page(first)
+    page.metadata["kdlib"] |= {"profile": "quick", "fallback": True}
+    executed = place / "_build/executed/quick" / f"{first}.ipynb"
+    executed.parent.mkdir(parents=True)
+    nbformat.write(page, executed)
+    result = clone.kdlib("build")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "not run yet" in result.stdout
+    assert str(clone.html / "index.html") in result.stdout
+    return clone
+
+
+def test_a_book_that_was_hardly_run_is_built_and_says_so(bare: Clone) -> None:
+    first, *others = bare.chapters
+    assert "has not been run yet" not in (bare.html / f"book/{first}.html").read_text()
+    for chapter in others:
+        text = (bare.html / f"book/{chapter}.html").read_text()
+        assert "has not been run yet" in text
+        assert f"make book CHAPTERS=&quot;{chapter}&quot;" in text
+        assert "check_parameters" in text
+
+
+def test_every_page_says_that_the_sample_stands_for_mnist(bare: Clone) -> None:
+    for name in pages(bare.html):
+        if name != "index.html":
+            assert "MNIST could not be had" in (bare.html / name).read_text(), name
+
+
+def test_launch_buttons_lead_to_the_clean_source_of_a_real_home(bare: Clone, site: Clone) -> None:
+    for chapter in bare.chapters:
+        button = (
+            "https://colab.research.google.com/github/someone/the-book/blob/main/"
+            f"book/{chapter}.ipynb"
+        )
+        assert button in (bare.html / f"book/{chapter}.html").read_text()
+        assert "colab.research" not in (site.html / f"book/{chapter}.html").read_text()
+
+
+# --- what is never published -------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: Clone) -> Clone:
+    """A book of one executed chapter, as working directory."""
+    clone = copy_of_the_book(tmp_path / "small")
+    executed = clone.root / "_build/executed/quick" / f"{chain.chapters[0]}.ipynb"
+    executed.parent.mkdir(parents=True)
+    nbformat.write(chain.page(chain.chapters[0]), executed)
+    html = clone.root / "_build/html"
+    html.mkdir()
+    (html / "index.html").write_text("the old site")
+    monkeypatch.chdir(clone.root)
+    return clone
+
+
+@pytest.mark.parametrize("fault", ["output", "tag"])
+def test_a_page_with_an_error_is_never_published(fault: str, small: Clone) -> None:
+    (path,) = book.pages().values()
+    page = nbformat.read(path, as_version=4)
+    (cell, *_) = (cell for cell in page.cells if cell.cell_type == "code")
+    if fault == "output":
+        error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
+        cell.outputs = [nbformat.from_dict(error)]
+    else:
+        cell.metadata["tags"] = ["papermill-error-cell-tag"]
+    nbformat.write(page, path)
+    with pytest.raises(book.BookError, match="holds an error"):
+        site.build()
+    assert (small.html / "index.html").read_text() == "the old site"
+
+
+def test_a_warning_keeps_the_old_site_and_is_told(small: Clone) -> None:
+    config = yaml.safe_load((small.root / "_config.yml").read_text())
+    config["sphinx"]["config"]["no_such_setting"] = 1
+    (small.root / "_config.yml").write_text(yaml.safe_dump(config))
+    with pytest.raises(book.BookError, match="no_such_setting") as told:
+        site.build()
+    assert "\x1b" not in str(told.value)
+    assert (small.root / "_build/build.log").is_file()
+    assert (small.html / "index.html").read_text() == "the old site"
+    assert not list((small.root / "_build").glob("staging-*"))
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "expected"),
+    [
+        ("https://example.org/book", {}, ""),
+        ("https://example.com/book", {}, ""),
+        ("https://github.com/someone/book", {}, "https://github.com/someone/book"),
+        ("https://example.org/book", {"GITHUB_REPOSITORY": "a/b"}, "https://github.com/a/b"),
+        (
+            "https://example.org/book",
+            {"GITHUB_REPOSITORY": "a/b", "GITHUB_SERVER_URL": "https://code.test"},
+            "https://code.test/a/b",
+        ),
+    ],
+)
+def test_the_repositorys_home(
+    url: str,
+    variables: dict[str, str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("GITHUB_REPOSITORY", "GITHUB_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{url}"\n')
+    assert site.repository(tmp_path) == expected
