@@ -12,7 +12,7 @@ from kdlib.recipe import PAPER
 @pytest.mark.parametrize("kind", ["classic", "modern"])
 def test_the_networks_are_the_papers(kind: str) -> None:
     teacher, student, distilled = (PAPER[kind][n] for n in ("teacher", "student", "distilled"))
-    assert (teacher.model, teacher.jitter, teacher.dropout) == ("mlp-1200x1200", 2, (0.2, 0.5))
+    assert (teacher.model, teacher.jitter) == ("mlp-1200x1200", 2)
     assert teacher.max_norm is not None
     assert math.isclose(teacher.max_norm**2, 15)  # the squared length
     for recipe in (student, distilled):
@@ -26,6 +26,7 @@ def test_the_networks_are_the_papers(kind: str) -> None:
 
 
 def test_the_classic_schedule_is_that_of_2012() -> None:
+    assert PAPER["classic"]["teacher"].dropout == (0.2, 0.5)
     for recipe in PAPER["classic"].values():
         assert (recipe.schedule, recipe.batch_size, recipe.epochs) == ("classic", 100, 3000)
         assert recipe.momentum == 0.99
