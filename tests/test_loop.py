@@ -1,0 +1,660 @@
+"""The one training loop against float64 NumPy, alone and stacked, cut short and resumed."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import blobs, numbers
+from torch import Tensor, nn
+
+import kdlib
+from kdlib import loop, losses, models
+
+IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = blobs(train=120, test=40)
+CE = losses.cross_entropy
+
+
+def network(name: str = "mlp-16", seed: int = 0, **options: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return models.build(name, **options)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+class Watch:
+    """A loss that also takes the samples' numbers, and notes them batch by batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        self.batches.append(ids.clone())
+        value = CE(logits, labels)
+        self.values.append(value.detach())
+        return value
+
+    @property
+    def stream(self) -> list[int]:
+        return torch.cat(self.batches).tolist()
+
+
+# --- the mathematics
+
+
+def rate_and_mass(schedule: str, at: float, rate: float, mass: float) -> tuple[float, float]:
+    """Learning rate and momentum after a share `at` of the steps, written anew."""
+    if schedule == "constant":
+        return rate, mass
+    if schedule == "cosine":
+        return rate * (1 + math.cos(math.pi * at)) / 2, mass
+    if schedule == "one-cycle":
+        rising = 5 * at + 0.01
+        falling = (1 + math.cos(math.pi * (at / 0.8 - 0.25))) / 2
+        return rate * (rising if at < 0.2 else falling), mass
+    mass = mass * (0.5 + 3 * at if at < 1 / 6 else 1)
+    return rate * math.exp(3000 * at * math.log(0.998)) * (1 - mass), mass
+
+
+def softmax_regression(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    start: np.ndarray,
+    batches: list[np.ndarray],
+    setting: tuple[str, float, float],
+    forget_every: int | None = None,
+) -> np.ndarray:
+    """Nesterov's method by hand; forget_every: lose the velocity after so many steps."""
+    value, velocity = start.copy(), np.zeros_like(start)
+    for step, ids in enumerate(batches):
+        if forget_every and step % forget_every == 0:
+            velocity[:] = 0
+        rate, mass = rate_and_mass(setting[0], step / len(batches), *setting[1:])
+        logits = inputs[ids] @ value.T
+        share = np.exp(logits - logits.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        share[np.arange(len(ids)), labels[ids]] -= 1
+        slope = share.T @ inputs[ids] / len(ids)
+        velocity = mass * velocity + rate * slope
+        value = value - rate * slope - mass * velocity
+    return value
+
+
+def regression(
+    schedule: str, rate: float, mass: float, forget_every: int | None = None
+) -> tuple[float, float]:
+    """The gap between the loop and NumPy after four epochs, and how far the weights moved."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    labels = torch.arange(30) % 3
+    model = nn.Linear(5, 3, bias=False).double()
+    start = model.weight.detach().numpy().copy()
+    watch = Watch()
+    loop.fit(
+        model,
+        (inputs, labels, torch.arange(30)),
+        watch,
+        epochs=4,
+        batch_size=6,
+        learning_rate=rate,
+        momentum=mass,
+        schedule=schedule,
+        precision="fp64",
+    )
+    batches = [ids.numpy() for ids in watch.batches]
+    expected = softmax_regression(
+        inputs.numpy(), labels.numpy(), start, batches, (schedule, rate, mass), forget_every
+    )
+    end = model.weight.detach().numpy()
+    return np.abs(end - expected).max(), np.abs(end - start).max()
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.9])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one-cycle", "classic"])
+def test_the_loop_is_nesterovs_method(schedule: str, mass: float) -> None:
+    difference, moved = regression(schedule, 0.2, mass)
+    assert difference < 1e-13
+    assert moved > 0.01
+
+
+def test_bug_the_optimiser_made_anew_each_epoch_loses_its_momentum() -> None:
+    assert regression("constant", 0.2, 0.9)[0] < 1e-13
+    assert regression("constant", 0.2, 0.9, forget_every=5)[0] > 0.01  # each epoch
+    assert regression("constant", 0.2, 0.9, forget_every=1)[0] > 0.01  # each batch
+
+
+def test_per_run_momentum_is_nesterovs_method_too() -> None:
+    """Runs with momenta of their own leave PyTorch's fused SGD for another path."""
+    stack = kdlib.Stack([network(seed=run).double() for run in range(2)])
+    loop.fit(stack, (IMAGES, LABELS), CE, epochs=2, batch_size=16, momentum=[0.9, 0.5],
+             precision="fp64")  # fmt: skip
+    for run, momentum in enumerate([0.9, 0.5]):
+        alone = network(seed=run).double()
+        loop.fit(alone, (IMAGES, LABELS), CE, epochs=2, batch_size=16, momentum=momentum,
+                 precision="fp64")  # fmt: skip
+        assert gap(weights(alone), list(stack.unstack()[run].values())) < 1e-12
+
+
+def test_any_network_any_tensors_any_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 4, generator=generator)
+    slope = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+    model = nn.Linear(4, 1)
+    curves = kdlib.fit(
+        model,
+        (inputs, inputs @ slope.T + 1),
+        lambda outputs, targets: (outputs - targets).square().mean(),
+        epochs=30,
+        batch_size=20,
+        learning_rate=0.05,
+    )
+    torch.testing.assert_close(model.weight, slope, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.bias, torch.ones(1), atol=1e-3, rtol=0)
+    assert set(curves) == {"step", "train_loss"}  # no labels, no accuracy
+    assert not model.training
+
+
+# --- which samples, in which order
+
+
+@pytest.mark.parametrize("batch_size", [7, 30, 64])
+def test_each_pass_sees_each_sample_once_in_a_new_order(batch_size: int) -> None:
+    watch = Watch()
+    inputs, ids = torch.randn(30, 4), torch.arange(30)
+    loop.fit(nn.Linear(4, 2), (inputs, ids % 2, ids), watch, epochs=6, batch_size=batch_size)
+    assert len(watch.batches) == round(6 * 30 / batch_size)
+    assert {len(batch) for batch in watch.batches} == {batch_size}
+    passes = [watch.stream[start : start + 30] for start in range(0, len(watch.stream) - 29, 30)]
+    assert all(sorted(samples) == list(range(30)) for samples in passes)
+    assert len({tuple(samples) for samples in passes}) == len(passes) > 1
+
+
+def stream(**settings: Any) -> list[int]:
+    watch, ids = Watch(), torch.arange(30)
+    loop.fit(nn.Linear(4, 2), (torch.ones(30, 4), ids % 2, ids), watch, batch_size=6, **settings)
+    return watch.stream
+
+
+def test_the_seed_decides_the_order() -> None:
+    assert stream(steps=9, seed=1) == stream(steps=9, seed=1)
+    assert stream(steps=9, seed=1) != stream(steps=9, seed=2)
+    assert stream(steps=9, seed=1) == stream(steps=9, seed=1, report_every=2)
+    assert stream(steps=20, seed=1)[:54] == stream(steps=9, seed=1)
+
+
+def test_only_the_rows_asked_for_are_seen() -> None:
+    rows = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19, 23, 29])
+    seen = stream(epochs=3, rows=rows)
+    assert len(seen) == 30  # an epoch is a pass over the rows
+    assert sorted(seen[:10]) == rows.tolist()
+
+
+def test_long_trainings_are_drawn_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stream(steps=23)
+    monkeypatch.setattr(loop, "BLOCK", 4)
+    assert stream(steps=23) == whole
+
+
+def test_the_curves_are_means_over_what_was_trained() -> None:
+    watch, model = Watch(), network()
+    seen: list[tuple[int, int]] = []
+    curves = loop.fit(
+        model,
+        (IMAGES, LABELS, torch.arange(120)),
+        watch,
+        steps=10,
+        batch_size=16,
+        report_every=4,
+        evaluate={"test": (TEST_IMAGES, TEST_LABELS), "train": (IMAGES, LABELS)},
+        on_report=lambda state: seen.append((state.step, state.steps)),
+    )
+    assert curves["step"] == [4, 8, 10]
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+    values = torch.stack(watch.values)
+    means = [values[0:4].mean(), values[4:8].mean(), values[8:10].mean()]
+    torch.testing.assert_close(torch.tensor(curves["train_loss"]), torch.stack(means))
+    with torch.no_grad():
+        answers = model(kdlib.data.to_input(TEST_IMAGES)).argmax(-1)
+    assert curves["test_errors"][-1] == int((answers != TEST_LABELS).sum())
+    assert set(curves) == {"step", "train_loss", "train_accuracy", "test_errors", "train_errors"}
+    assert all(0 <= share <= 1 for share in curves["train_accuracy"])
+
+
+def test_train_accuracy_counts_right_answers() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+    inputs = torch.eye(3)[[0, 1, 2, 0]] * 9
+    wrong_once = torch.tensor([0, 1, 2, 1])
+    curves = loop.fit(
+        model, (inputs, wrong_once), CE, steps=3, batch_size=4, learning_rate=1e-9, momentum=0
+    )
+    assert curves["train_accuracy"] == [0.75] * 3
+
+
+# --- bits
+
+
+def trained(seed: int = 0, **settings: Any) -> list[Tensor]:
+    model = network(dropout=(0.2, 0.5))
+    kind = {"epochs": 2, "batch_size": 16, "jitter": 2, "max_norm": 1.0, "seed": seed}
+    loop.fit(model, (IMAGES, LABELS), CE, **kind | settings)
+    return weights(model)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    first = trained()
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert same(first, trained())
+    assert not same(first, trained(seed=1))
+
+
+def test_a_training_leaves_pytorch_as_it_was() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = torch.get_rng_state()
+        trained(precision="tf32", steps=2)
+        trained(precision="fp32", steps=2)
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32", "fp64"])
+def test_each_precision_trains(precision: str) -> None:
+    model = network()
+    curves = loop.fit(model, (IMAGES, LABELS), CE, epochs=4, batch_size=8, precision=precision)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert curves["train_loss"][-1] < 0.5 * curves["train_loss"][0]
+
+
+def snapshots(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
+    taken: list[dict[str, Any]] = []
+    loop.fit(
+        model,
+        (IMAGES, LABELS),
+        CE,
+        steps=20,
+        batch_size=16,
+        report_every=6,
+        on_report=lambda state: taken.append(copy.deepcopy(state.snapshot())),
+        **settings,
+    )
+    return taken
+
+
+@pytest.mark.parametrize("momentum", [0.9, [0.9, 0.5, 0.0]])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_training_resumed_has_the_bits_of_one_that_was_not(
+    stacked: bool, momentum: float | list[float]
+) -> None:
+    if not stacked and isinstance(momentum, list):
+        momentum = 0.5
+
+    def fresh() -> nn.Module:
+        runs = [network(dropout=(0.2, 0.5), seed=seed) for seed in range(3)]
+        return kdlib.Stack(runs) if stacked else runs[0]
+
+    settings: dict[str, Any] = {
+        "momentum": momentum, "jitter": [2, 0, 1] if stacked else 2, "max_norm": 1.0,
+        "learning_rate": [0.1, 0.2, 0.05] if stacked else 0.1,
+        "seed": [4, 5, 6] if stacked else 4, "evaluate": {"test": (TEST_IMAGES, TEST_LABELS)},
+    }  # fmt: skip
+    model = fresh()
+    taken = snapshots(model, **settings)
+    assert [snapshot["step"] for snapshot in taken] == [6, 12, 18, 20]
+    for snapshot in taken[:3]:
+        again = fresh()
+        left = snapshots(again, resume=copy.deepcopy(snapshot), **settings)
+        assert same(weights(model), weights(again))
+        assert left[-1]["curves"] == taken[-1]["curves"]
+        assert [one["step"] for one in left] == [s for s in (12, 18, 20) if s > snapshot["step"]]
+
+
+# --- stacks
+
+
+def test_a_stack_is_its_networks() -> None:
+    for name in ("mlp-16", "lenet", "lenet-half-relu"):
+        runs = [network(name, seed=seed).eval() for seed in range(3)]
+        stack = kdlib.Stack(runs).eval()
+        inputs = torch.rand(3, 5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(
+            stack(inputs), torch.stack([run(x) for run, x in zip(runs, inputs, strict=True)])
+        )
+        torch.testing.assert_close(
+            stack(inputs[0], shared=True), torch.stack([run(inputs[0]) for run in runs])
+        )
+        for run, back in zip(runs, stack.unstack(), strict=True):
+            assert list(back) == list(run.state_dict())
+            assert same(list(run.state_dict().values()), list(back.values()))
+
+
+def kinds() -> dict[str, list[Any]]:
+    """What three runs of a stack have of their own."""
+    halves = torch.arange(120)
+    return {
+        "learning_rate": [0.1, 0.03, 0.2],
+        "momentum": [0.9, 0.5, 0.0],
+        "rows": [halves[::2], halves[1::2], halves[60:]],
+        "seed": [3, 14, 15],
+        "jitter": [0, 2, 1],
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_norm": 0.8},
+        {"schedule": "classic", "learning_rate": [1.0, 2.0, 0.5]},
+        {"momentum": 0.9},
+        {"learning_rate": 0.1, "momentum": 0.9, "rows": None, "seed": 5, "jitter": 0},
+    ],
+)
+@pytest.mark.parametrize("name", ["mlp-16x12", "lenet-half"])
+def test_stack_and_single_agree_in_float64(name: str, settings: dict[str, Any]) -> None:
+    own = kinds() | settings
+    taught = [torch.randn(120, 10, generator=torch.Generator().manual_seed(r)) for r in range(3)]
+    temperature, hard = torch.tensor([[1.1, 4, 20], [0, 0.3, 1]], dtype=torch.float64)
+
+    def loss(t: Any, h: Any) -> Callable[..., Tensor]:
+        return lambda logits, labels, soft: losses.distillation_loss(
+            logits, soft, labels, temperature=t, hard_weight=h
+        )
+
+    def fit(model: nn.Module, soft: Any, of: Callable[..., Tensor], its: dict[str, Any]) -> Any:
+        return loop.fit(
+            model, (IMAGES, LABELS, soft), of, steps=15, batch_size=20, precision="fp64",
+            evaluate={"test": (TEST_IMAGES, TEST_LABELS)}, **its,
+        )  # fmt: skip
+
+    stack = kdlib.Stack([network(name, seed=seed).double() for seed in range(3)])
+    together = fit(stack, taught, loss(temperature, hard), own)
+    for run, state in enumerate(stack.unstack()):
+        alone = network(name, seed=run).double()
+        start = weights(alone)
+        its = {key: v[run] if isinstance(v, list) else v for key, v in own.items()}
+        curves = fit(alone, taught[run], loss(*(float(v[run]) for v in (temperature, hard))), its)
+        assert gap(weights(alone), list(state.values())) < 1e-10
+        assert gap(weights(alone), start) > 1e-3
+        for key, values in curves.items():
+            mine = [v if key == "step" else v[run] for v in together[key]]
+            np.testing.assert_allclose(mine, values, rtol=1e-9)
+
+
+def test_dropout_differs_from_run_to_run() -> None:
+    """Three times one network, one seed, one order: only dropout can tell the runs apart."""
+
+    def spread(chance: float) -> float:
+        stack = kdlib.Stack([network(dropout=(0.0, chance)).double() for _ in range(3)])
+        loop.fit(stack, (IMAGES, LABELS), CE, epochs=1, batch_size=20, precision="fp64")
+        first, second, third = (list(state.values()) for state in stack.unstack())
+        return min(gap(first, second), gap(second, third), gap(first, third))
+
+    assert spread(0.5) > 1e-3
+    assert spread(0.0) == 0
+
+
+def test_a_run_that_diverges_spoils_no_other() -> None:
+    def train(*rates: float) -> tuple[list[list[Tensor]], kdlib.loop.Curves]:
+        stack = kdlib.Stack([network(seed=run).double() for run in range(len(rates))])
+        curves = loop.fit(
+            stack, (IMAGES, LABELS), CE, epochs=3, batch_size=20, learning_rate=rates,
+            seed=list(range(len(rates))), max_norm=2.0, precision="fp64",
+        )  # fmt: skip
+        return [list(state.values()) for state in stack.unstack()], curves
+
+    ruined, curves = train(0.1, 0.05, 1e200)
+    whole, _ = train(0.1, 0.05, 0.1)
+    without, _ = train(0.1, 0.05)
+    assert not all(weight.isfinite().all() for weight in ruined[2])
+    assert not math.isfinite(curves["train_loss"][-1][2])
+    assert curves["step"][-1] == 18  # the others went on
+    for run in range(2):
+        assert all(math.isfinite(values[run]) for values in curves["train_loss"])
+        assert same(ruined[run], whole[run])
+        assert gap(ruined[run], without[run]) < 1e-12
+
+
+def test_a_training_that_diverged_ends_early() -> None:
+    curves = loop.fit(network(), (IMAGES, LABELS), CE, epochs=50, batch_size=20, learning_rate=1e30)
+    assert curves["step"][-1] < 50 * 6 / 2
+    assert not math.isfinite(curves["train_loss"][-1])
+
+
+def test_networks_with_buffers_make_no_stack() -> None:
+    runs = [nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"Sequential has buffers \(1.running_mean.*one at a time"):
+        kdlib.Stack(runs)
+    loop.fit(runs[0], (IMAGES, LABELS), CE, steps=2, batch_size=8)  # alone it trains
+
+
+# --- max-norm and jitter
+
+
+@pytest.mark.parametrize("name", ["mlp-16x12", "lenet"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_bug_max_norm_limits_the_length_of_each_hidden_units_weights(
+    name: str, stacked: bool
+) -> None:
+    runs = [network(name, seed=seed) for seed in range(2)]
+    model = kdlib.Stack(runs) if stacked else runs[0]
+    loop.fit(model, (IMAGES, LABELS), CE, epochs=3, batch_size=20, max_norm=0.5)
+    states = model.unstack() if isinstance(model, kdlib.Stack) else [model.state_dict()]
+    for state in states:
+        *hidden, last = [weight for weight in state.values() if weight.dim() > 1]
+        lengths = torch.cat([weight.flatten(1).norm(dim=1) for weight in hidden])
+        assert lengths.max() <= 0.5 + 1e-6
+        assert (lengths > 0.4999).sum() > 3  # reached, so 0.5 bounds the length, not its square
+        assert (lengths.square() > 0.2499).any()
+        assert last.norm(dim=1).max() > 0.5  # the logits' own weights are free
+
+
+class Seen(nn.Module):
+    """A network that notes the images it is shown, and whether to train."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+        self.drop = nn.Dropout(drop)
+        self.images: list[Tensor] = []
+        self.modes: list[tuple[bool, bool]] = []  # in train mode, with gradients
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        if self.training:
+            self.images.append(images.detach().clone())
+        return self.layer(self.drop(images.flatten(1)))
+
+
+def test_jitter_moves_each_sample_anew_by_up_to_n_pixels() -> None:
+    dots = torch.zeros(50, 28, 28, dtype=torch.uint8)
+    dots[:, 14, 10] = 255
+    model, ids, watch = Seen(), torch.arange(50), Watch()
+    loop.fit(model, (dots, ids % 2, ids), watch, epochs=40, batch_size=25, jitter=2)
+    images = torch.cat(model.images).squeeze(1)
+    place = images.flatten(1).argmax(1)
+    shifts = torch.stack([place // 28 - 14, place % 28 - 10], 1)
+    assert torch.equal(images.sum((1, 2)), torch.ones(2000))  # the dot is moved, nothing else
+    assert shifts.abs().max() == 2
+    counts = torch.zeros(25).index_add_(0, (shifts + 2) @ torch.tensor([5, 1]), torch.ones(2000))
+    assert (counts - 80).abs().max() < 45  # five deviations of a fair draw of 25 places
+    of_one = shifts[torch.tensor(watch.stream) == 7]
+    assert len(of_one.unique(dim=0)) > 10  # not one place a sample
+    assert len(shifts[:25].unique(dim=0)) > 5  # nor one a batch
+
+
+def test_without_jitter_images_stay() -> None:
+    model, watch = Seen(), Watch()
+    loop.fit(model, (IMAGES, LABELS, torch.arange(120)), watch, steps=4, batch_size=20)
+    expected = kdlib.data.to_input(IMAGES[watch.stream])
+    assert torch.equal(torch.cat(model.images), expected)
+
+
+# --- mistakes that public loops make
+
+
+def test_bug_teacher_logits_cached_by_batch_under_a_shuffle() -> None:
+    """Each sample arrives with its own target, pass after pass, and in rows of a stack."""
+    taught = torch.arange(120.0)[:, None].expand(120, 10)
+    right: list[bool] = []
+    by_batch: list[bool] = []
+
+    def loss(logits: Tensor, labels: Tensor, soft: Tensor, images: Tensor) -> Tensor:
+        own = numbers(images.flatten(0, -3))
+        right.append(torch.equal(own, soft[..., 0].long().flatten()))
+        number = len(right) % 6
+        by_batch.append(torch.equal(own[:20], torch.arange(120)[number * 20 : number * 20 + 20]))
+        return losses.distillation_loss(logits, soft, labels, temperature=4, hard_weight=0.5)
+
+    for model in (network(), kdlib.Stack([network(seed=seed) for seed in range(2)])):
+        right.clear()
+        loop.fit(model, (IMAGES, LABELS, taught, IMAGES), loss, epochs=3, batch_size=20)
+        assert len(right) == 18
+        assert all(right)
+        assert not any(by_batch)
+
+
+def test_bug_the_teachers_dropout_left_on() -> None:
+    teacher = network(dropout=(0.2, 0.5), seed=1).train()
+    before = weights(teacher)
+    noted: list[tuple[Tensor, Tensor]] = []
+
+    def loss(logits: Tensor, labels: Tensor, images: Tensor, soft: Tensor) -> Tensor:
+        noted.append((images, soft))
+        return losses.soft_loss(logits, soft, 4)
+
+    loop.fit(network(), (IMAGES, LABELS, IMAGES), loss, epochs=2, batch_size=20, teacher=teacher)
+    teacher.eval()
+    for images, soft in noted:
+        assert torch.equal(soft, teacher(kdlib.data.to_input(images)))
+        assert not soft.requires_grad
+    teacher.train()
+    assert not torch.equal(noted[0][1], teacher(kdlib.data.to_input(noted[0][0])))
+    assert same(before, weights(teacher))
+
+
+def test_the_teacher_sees_the_moved_images() -> None:
+    """Targets of the translated image, not of the original."""
+    student, teacher = Seen(), Seen()
+    shown: list[Tensor] = []
+    teacher.layer.register_forward_pre_hook(lambda _, images: shown.append(images[0]))
+    settings: dict[str, Any] = {"steps": 5, "batch_size": 20, "jitter": 2, "teacher": teacher}
+    loop.fit(student, (IMAGES, LABELS), lambda z, _, t: losses.soft_loss(z, t, 4), **settings)
+    assert torch.equal(torch.cat(shown), torch.cat(student.images).flatten(1))
+
+
+def test_bug_a_graph_through_the_teacher_trains_it() -> None:
+    teacher = network(seed=1)
+    before = weights(teacher)
+    asked: list[bool] = []
+
+    def loss(logits: Tensor, labels: Tensor, soft: Tensor) -> Tensor:
+        asked.append(soft.requires_grad)
+        return losses.soft_loss(logits, soft, 4)
+
+    loop.fit(network(), (IMAGES, LABELS), loss, steps=3, batch_size=20, teacher=teacher)
+    assert asked == [False] * 3
+    assert same(before, weights(teacher))
+    assert all(weight.grad is None for weight in teacher.parameters())
+    wrong = teacher(kdlib.data.to_input(IMAGES))
+    losses.soft_loss(network()(kdlib.data.to_input(IMAGES)), wrong, 4).backward()
+    assert all(weight.grad is not None for weight in teacher.parameters())  # it would learn
+
+
+def test_bug_the_student_left_in_eval_mode_after_the_first_evaluation() -> None:
+    model = Seen(drop=0.5)
+    loop.fit(
+        model, (IMAGES, LABELS), CE, steps=9, batch_size=20, report_every=3,
+        evaluate={"test": (TEST_IMAGES, TEST_LABELS)},
+    )  # fmt: skip
+    assert model.modes == ([(True, True)] * 3 + [(False, False)]) * 3
+    assert not model.training
+
+
+# --- predictions
+
+
+def test_predictions_come_batch_by_batch_and_without_gradients() -> None:
+    model = network().eval()
+    whole = loop.predict(model, IMAGES)
+    torch.testing.assert_close(loop.predict(model, IMAGES, batch=7), whole)
+    assert not whole.requires_grad
+    stack = kdlib.Stack([network(seed=seed) for seed in range(2)]).eval()
+    both = loop.predict(stack, IMAGES, batch=50)
+    assert both.shape == (2, 120, 10)
+    torch.testing.assert_close(both[0], whole)
+    errors = [int((logits.argmax(-1) != LABELS).sum()) for logits in both]
+    assert loop.count_errors(stack, IMAGES, LABELS) == errors
+    assert loop.count_errors(model, IMAGES, LABELS) == errors[0]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp16"}, "precision is 'fp16': expected one of fp32, bf16, tf32, fp64"),
+        ({"schedule": "step"}, "schedule is 'step': expected one of one-cycle, cosine, constant"),
+        ({"learning_rate": [0.1, 0.2]}, "learning_rate has 2 values"),
+        ({"momentum": [0.1, 0.2]}, "momentum has 2 values"),
+        ({"seed": [0, 1]}, "seed has 2 values: expected 1, one a run"),
+        ({"jitter": [0, 1, 2]}, "jitter has 3 values: expected 1, one a run"),
+        ({"rows": [torch.arange(3)] * 2}, "rows has 2 values: expected 1, one a run"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loop.fit(network(), (IMAGES, LABELS), CE, steps=1, **settings)
+
+
+@pytest.mark.xfail(strict=True, reason="fit takes 0 for nothing, or divides by it")
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"steps": -3}, {"epochs": 0}, {"batch_size": 0}, {"batch_size": -8}]
+)
+def test_lengths_below_one_are_refused(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} is {settings[name]}: expected"):
+        loop.fit(network(), (IMAGES, LABELS), CE, **{"steps": 1} | settings)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="no rows are not refused")
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows"):
+        loop.fit(network(), (IMAGES, LABELS), CE, rows=torch.arange(0))
+
+
+def test_a_stack_wants_one_value_a_run() -> None:
+    stack = kdlib.Stack([network(seed=seed) for seed in range(3)])
+    for name in ("learning_rate", "momentum", "seed", "jitter"):
+        with pytest.raises(ValueError, match=f"{name} has 2 values: expected 3"):
+            loop.fit(stack, (IMAGES, LABELS), CE, steps=1, **{name: [0, 1]})
+
+
+def test_data_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data have \[120, 119\] samples: expected equal numbers"):
+        loop.fit(network(), (IMAGES, LABELS[1:]), CE)
+    with pytest.raises(ValueError, match=r"data have \[0, 0\] samples: .* above 0"):
+        loop.fit(network(), (IMAGES[:0], LABELS[:0]), CE)
+    with pytest.raises(ValueError, match=r"data are on meta, the model on cpu: expected one dev"):
+        loop.fit(network(), (IMAGES.to("meta"), LABELS), CE)
