@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -70,7 +71,7 @@ QUICK = {
     "samples": 1_500,
     "group_samples": 800,
     "stack": 2,
-    "sweep": 3,
+    "sweep": 4,
     "sizes": (1, 2),
     "matmul": 256,
 }
@@ -95,9 +96,12 @@ def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
             record["comparisons"].append(_compare(jobs, scale, device, teachers))
             save(record)
         for task in tasks[:: len(scale.batches)]:
+            sweep = {"runs": scale.sweep}
+            apart = {**sweep, "processes": math.gcd(scale.sweep, torch.get_num_threads())}
             jobs = [
-                scale.job(task, "kdlib-in-turn", scale.group_samples, runs=scale.sweep, precision=p)
-                for p in ("fp32", "bf16")
+                scale.job(task, "kdlib-in-turn", scale.group_samples, **split, precision=precision)
+                for precision in ("fp32", "bf16")
+                for split in ((sweep, apart) if apart["processes"] > 1 else (sweep,))
             ]
             jobs += [
                 scale.job(task, "kdlib", scale.group_samples, runs=runs) for runs in scale.sizes

@@ -41,13 +41,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """One system on one task. kdlib only: runs in a stack, cached logits, precision."""
+    """One system on one task. kdlib only: runs, processes, cached logits, precision."""
 
     task: Task
     system: str
     steps: int
     every: int  # steps a turn; the first turn is the warm-up
     runs: int = 1
+    processes: int = 1  # side by side, each with its share of the runs and of the threads
     cached: bool = True
     precision: str = "fp32"
     temperatures: tuple[float, ...] = ()  # of the runs, in a cycle; by default the task's
@@ -58,11 +59,10 @@ class Job:
         """The system's name in a table."""
         parts = [LABELS[self.system], "" if self.precision == "fp32" else self.precision]
         if self.runs > 1:
-            parts.append(
-                f"{self.runs} one by one"
-                if self.system == "kdlib-in-turn"
-                else f"stack of {self.runs}"
-            )
+            apart = self.system == "kdlib-in-turn"
+            parts.append(f"{self.runs} one by one" if apart else f"stack of {self.runs}")
+        if self.processes > 1:
+            parts.append(f"in {self.processes} processes")
         parts += ["" if self.cached else "teacher on every batch"]
         return ", ".join(part for part in parts if part)
 

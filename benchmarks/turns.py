@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,7 +39,7 @@ def take(jobs: Sequence[Job], device: str, teachers: Path) -> list[Result]:
     """Results of jobs that train side by side, turn by turn. A failure is one of them."""
     results = [Result(job) for job in jobs]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(job, device, teachers)) for job in jobs]
+        workers = [stack.enter_context(_crew(job, device, teachers)) for job in jobs]
         going = [pair for pair in zip(results, workers, strict=True) if _hear(*pair) == "ready"]
         while going:
             for result, worker in list(going):
@@ -51,26 +51,57 @@ def take(jobs: Sequence[Job], device: str, teachers: Path) -> list[Result]:
     return results
 
 
+@dataclass
+class Crew:
+    """The processes of a job as one: told together, and as slow as the slowest."""
+
+    lines: list[Connection]
+
+    def send(self, word: str) -> None:
+        """Tell all of them."""
+        for line in self.lines:
+            line.send(word)
+
+    def recv(self) -> tuple[str, Any]:
+        """What all of them say; a failure before anything else."""
+        said = [line.recv() for line in self.lines]
+        word, content = min(said, key=lambda one: one[0] != "failed")
+        if word == "turn":
+            content = max(seconds for _, seconds in said)
+        elif word == "done":
+            content = [wrong for _, (errors, _) in said for wrong in errors], content[1]
+        return word, content
+
+
 @contextlib.contextmanager
-def _worker(job: Job, device: str, teachers: Path) -> Iterator[Connection]:
-    """A process that waits for its turns; gone at the end."""
+def _crew(job: Job, device: str, teachers: Path) -> Iterator[Crew]:
+    """Processes that wait for their turns, each with a share of the runs; gone at the end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.turns"])  # PyTorch is imported once, not run
-    here, there = context.Pipe()
-    process: BaseProcess = context.Process(target=work, args=(there, job, device, teachers))
-    process.start()
-    there.close()  # so that the end of the process is heard
+    share, threads = job.runs // job.processes, torch.get_num_threads() // job.processes
+    crew, processes = Crew([]), []
+    for number in range(job.processes):
+        here, there = context.Pipe()
+        part = replace(job, runs=share, seed=job.seed + number * share, processes=1)
+        given = (there, part, device, teachers, max(1, threads))
+        process: BaseProcess = context.Process(target=work, args=given)
+        process.start()
+        there.close()  # so that the end of the process is heard
+        crew.lines.append(here)
+        processes.append(process)
     try:
-        yield here
+        yield crew
     finally:
-        here.close()
-        process.join(30)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        for line in crew.lines:
+            line.close()
+        for process in processes:
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
-def _hear(result: Result, worker: Connection) -> str:
+def _hear(result: Result, worker: Crew) -> str:
     """The worker's next word, what comes with it noted down."""
     try:
         word, content = worker.recv()
@@ -85,8 +116,9 @@ def _hear(result: Result, worker: Connection) -> str:
     return str(word)
 
 
-def work(line: Connection, job: Job, device: str, teachers: Path) -> None:
+def work(line: Connection, job: Job, device: str, teachers: Path, threads: int) -> None:
     """In a process of its own: train, stopping after each turn until told to go on."""
+    torch.set_num_threads(threads)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("default")

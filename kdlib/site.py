@@ -58,7 +58,6 @@ def build(profile: str | None = None) -> Path:
         _stage(top, staging, profile)
         finished = subprocess.run(
             [*_JUPYTER_BOOK, "build", str(staging), "--path-output", str(output), *_STRICT],
-            env={**os.environ, "NO_COLOR": "1"},
             capture_output=True,
             text=True,
         )
@@ -66,11 +65,8 @@ def build(profile: str | None = None) -> Path:
         if finished.returncode or not (fresh / "index.html").is_file():
             log = work / "build.log"
             log.write_text(finished.stdout + finished.stderr)
-            wrong = [
-                line.replace(str(staging) + "/", "")
-                for line in finished.stderr.splitlines()
-                if "WARNING" in line or "ERROR" in line
-            ]
+            said = re.sub(r"\x1b\[[\d;]*m", "", finished.stderr).replace(f"{staging}/", "")
+            wrong = [x for x in said.splitlines() if re.search("WARNING|ERROR|Error", x)]
             raise BookError("\n".join(["the site could not be built:", *wrong[:20], f"see {log}"]))
         _mend(fresh)
         _swap(fresh, work / "html")

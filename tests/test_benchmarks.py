@@ -117,7 +117,7 @@ def test_systems_take_turns_and_the_first_turn_is_not_counted(monkeypatch):
         spoken = [("turn", second) for second in (9.0, 3.0, 1.0, 2.0)]
         yield Told(job.system, [("ready", None), *spoken, ("done", ([7], {}))], order)
 
-    monkeypatch.setattr(turns, "_worker", worker)
+    monkeypatch.setattr(turns, "_crew", worker)
     jobs = [systems.Job(TASK, name, steps=40, every=10, runs=2) for name in "AB"]
     first, second = turns.take(jobs, "cpu", Path())
     assert "".join(order) == "AB" * 5
@@ -143,8 +143,23 @@ def test_a_process_that_dies_is_heard():
     here, there = multiprocessing.Pipe()
     there.close()
     result = turns.Result(systems.Job(TASK, "kdlib", steps=2, every=1))
-    assert turns._hear(result, here) == "failed"
+    assert turns._hear(result, turns.Crew([here])) == "failed"
     assert "died" in result.failure
+
+
+def test_a_job_in_processes_is_as_slow_as_the_slowest_and_keeps_the_order_of_its_runs(tmp_path):
+    lines = [Told(name, [("turn", seconds)], []) for name, seconds in (("A", 2.0), ("B", 3.0))]
+    assert turns.Crew(lines).recv() == ("turn", 3.0)
+    lines = [Told("A", [("turn", 2.0)], []), Told("B", [("failed", "why")], [])]
+    assert turns.Crew(lines).recv() == ("failed", "why")
+
+    torch.save(systems.network("mlp-8", 0).state_dict(), tmp_path / "mlp-8.pt")
+    task = systems.Task("mlp-8", "mlp-8", 16, dataset="mnist-5k", learning_rate=0.1)
+    together = systems.Job(task, "kdlib-in-turn", steps=20, every=10, runs=4)
+    apart = replace(together, processes=2)
+    one, two = turns.take([together, apart], "cpu", tmp_path)
+    assert one.errors == two.errors
+    assert len(set(one.errors)) > 1
 
 
 # --- the limit -----------------------------------------------------------------------------
