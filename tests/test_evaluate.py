@@ -146,12 +146,12 @@ def test_the_calibration_error_is_binned(logits: np.ndarray, labels: np.ndarray,
     shares = torch.from_numpy(logits).softmax(-1)
     confidence, right = shares.numpy().max(1), shares.numpy().argmax(1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
-    expected = sum(
-        (place == number).mean() * abs(right[place == number].mean() - confidence[place == number].mean())
+    gaps = [
+        (place == number).mean() * abs((right - confidence)[place == number].mean())
         for number in set(place)
-    )  # fmt: skip
+    ]
     found = evaluate.calibration_error(shares, torch.from_numpy(labels), bins)
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert found == pytest.approx(sum(gaps), abs=1e-9)
 
 
 def test_certain_and_right_is_calibrated_and_certain_and_wrong_is_not() -> None:
