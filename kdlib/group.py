@@ -74,6 +74,8 @@ def cut(
     recipes on the same device are cut in the same way. Raises MemoryError for a recipe that
     does not fit even alone.
     """
+    if stack is not None and stack < 1:
+        raise ValueError(f"stack is {stack}: expected None or a whole number, 1 or more")
     shapes: dict[Any, list[Recipe]] = {}
     for recipe in recipes:
         shape = [getattr(recipe, field) for field in _SHAPE]
@@ -201,7 +203,8 @@ def _lesson(
         return [], None, losses.cross_entropy
     scale, share = _field(group, "temperature"), _field(group, "hard_weight")
     if len(group) > 1:
-        scale, share = (torch.tensor(value, device=device) for value in (scale, share))
+        exact = torch.float64 if group[0].precision == "fp64" else torch.float32
+        scale, share = (torch.tensor(v, dtype=exact, device=device) for v in (scale, share))
 
     def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
         return losses.distillation_loss(

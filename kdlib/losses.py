@@ -36,6 +36,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     logits: (..., batch, classes), targets: int64 (..., batch). Returns (...), in nats.
     """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
+            "expected one class number for each row of logits"
+        )
     chosen = torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None])
     return -chosen.squeeze(-1).mean(-1)
 

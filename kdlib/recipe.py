@@ -60,6 +60,8 @@ class Recipe:
                 value = (value,)
             if isinstance(value, list | tuple):
                 object.__setattr__(self, field, tuple(value))
+        if isinstance(self.omit, tuple) and all(map(_whole(0), self.omit)):
+            object.__setattr__(self, "omit", tuple(sorted(set(self.omit))))
         for field, (expected, holds) in _EXPECTED.items():
             value = getattr(self, field)
             if not holds(value):
@@ -109,7 +111,8 @@ class Recipe:
         fields |= {name: float(fields[name]) for name in floats}  # 1 and 1.0 are one recipe
         fields["teacher"] = [teacher.as_dict() for teacher in self.teacher]
         fields["dropout"] = [float(chance) for chance in self.dropout]
-        fields["omit"] = sorted(set(self.omit))
+        fields["max_norm"] = None if self.max_norm is None else float(self.max_norm)
+        fields["omit"] = list(self.omit)
         return fields
 
     @classmethod

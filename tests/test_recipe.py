@@ -190,7 +190,6 @@ def test_a_recipe_comes_back_from_json(
         {"dropout": (0.0, 0.0)},
         pytest.param(
             {"max_norm": 4.0},
-            marks=pytest.mark.xfail(strict=True, reason="max_norm 4 and 4.0 have two keys"),
         ),
     ],
 )
@@ -200,7 +199,6 @@ def test_equal_recipes_have_equal_keys(change: dict[str, Any]) -> None:
     assert whole.replace(**change).key == whole.key
 
 
-@pytest.mark.xfail(strict=True, reason="two recipes with one key: omit is not put in order")
 @pytest.mark.parametrize("omit", [(8, 7), (7, 8, 7)])
 def test_recipes_of_one_key_are_equal(omit: tuple[int, ...]) -> None:
     recipe = Recipe("mlp-8", omit=(7, 8))

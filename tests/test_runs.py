@@ -126,14 +126,12 @@ def test_teachers_are_trained_first_and_stored(trained: list[float]) -> None:
     assert [kdlib.train(r, "cpu").cached for r in (student(), small(seed=7))] == [True, True]
 
 
-@pytest.mark.xfail(strict=True, reason="stack=0 is taken for None, -1 for no groups")
 @pytest.mark.parametrize("stack", [0, -1])
 def test_a_stack_of_no_runs_is_refused(stack: int) -> None:
     with pytest.raises(ValueError, match=f"stack is {stack}: expected"):
         kdlib.train_all([small()], "cpu", stack=stack)
 
 
-@pytest.mark.xfail(strict=True, raises=(RuntimeError, AssertionError), reason="omit has an order")
 def test_one_recipe_in_two_spellings_is_trained_once() -> None:
     spellings = [small(omit=(7, 8)), small(omit=(8, 7))]
     first, second = kdlib.train_all(spellings, "cpu", stack=2)
@@ -413,7 +411,6 @@ def test_stack_and_single_agree_in_float64(
     assert alone_and_stacked(home, monkeypatch, DIFFERENT[kind]) < 1e-10
 
 
-@pytest.mark.xfail(strict=True, reason="a stack's temperatures and hard weights are float32")
 def test_stack_and_single_agree_in_float64_with_a_temperature_each(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,7 +641,6 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "* 1.0",
             "* 2.0",
             True,
-            marks=pytest.mark.xfail(strict=True, reason="a class's bases are not in its code"),
         ),
     ],
 )
@@ -864,7 +860,6 @@ def test_a_damaged_checkpoint_is_left_out(
     assert same_bits(got, *elsewhere(monkeypatch, home, recipes))
 
 
-@pytest.mark.xfail(strict=True, reason="a changed byte in a checkpoint is not noticed")
 def test_a_byte_changed_in_a_checkpoint_gives_no_other_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
