@@ -41,6 +41,7 @@ SMOKE = (
     "code runs. Its figures mean little."
 )
 GLUED = re.compile(r"\{glue:[a-z:]*\}`([^`]+)`")
+TO_COME = re.compile(r"\{doc\}`(\d\d)(_\w+)`")
 REFERRED = re.compile(r"\{(?:num)?ref\}`(?:([^`<]*?)\s*<)?([^`<>]+)>?`")
 
 
@@ -206,7 +207,10 @@ def repository(top: Path) -> str:
 
 
 def _fill_in(book: Path, ran: set[str]) -> None:
-    """Put a dash where the text names a figure that a page has not, for want of a run."""
+    """Put a dash where the text names a figure that a page has not, for want of a run.
+
+    A chapter that is not written yet is named by its number.
+    """
     glued: dict[str, set[str]] = {}
     pictures: set[str] = set()  # of pages that have not been run
     notebooks = {page.name: read_notebook(page) for page in book.glob("*.ipynb")}
@@ -226,7 +230,11 @@ def _fill_in(book: Path, ran: set[str]) -> None:
         def picture(match: re.Match[str]) -> str:
             return match[1] or "the figure" if match[2].strip() in pictures else match[0]
 
-        return REFERRED.sub(picture, GLUED.sub(figure, text))
+        def document(match: re.Match[str]) -> str:
+            there = f"{match[1]}{match[2]}.ipynb" in notebooks
+            return match[0] if there else f"chapter {int(match[1])} (still to come)"
+
+        return TO_COME.sub(document, REFERRED.sub(picture, GLUED.sub(figure, text)))
 
     for page in book.glob("*.md"):
         page.write_text(fill(page.read_text(), page.name))
