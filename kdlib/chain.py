@@ -72,7 +72,8 @@ def _failed_cell(job: Job, output: Path) -> str:
     for cell in read_notebook(output).cells:
         if cell.cell_type != "code" or not cell.source.strip():
             continue
-        if cell.execution_count is None or any(o.output_type == "error" for o in cell.outputs):
+        finished = cell.metadata.get("papermill", {}).get("status") == "completed"
+        if not finished or any(output.output_type == "error" for output in cell.outputs):
             number = numbers.get(cell.id, "of the parameters given")
             return f"cell {number} (id {cell.id}, {cell.source.strip().splitlines()[0]!r})"
     return "no cell"
