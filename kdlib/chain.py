@@ -69,14 +69,14 @@ def _failed(job: Job, output: Path, reason: str) -> BookError:
 def _failed_cell(job: Job, output: Path) -> str:
     """The cell that ended a notebook, in words: its number in the source, id, first line."""
     numbers = {cell.id: number for number, cell in enumerate(read_notebook(job.source).cells, 1)}
-    for cell in read_notebook(output).cells:
-        if cell.cell_type != "code" or not cell.source.strip():
-            continue
-        finished = cell.metadata.get("papermill", {}).get("status") == "completed"
-        if not finished or any(output.output_type == "error" for output in cell.outputs):
-            number = numbers.get(cell.id, "of the parameters given")
-            return f"cell {number} (id {cell.id}, {cell.source.strip().splitlines()[0]!r})"
-    return "no cell"
+    cells = [cell for cell in read_notebook(output).cells if cell.cell_type == "code"]
+    broken = [c for c in cells if any(output.output_type == "error" for output in c.outputs)]
+    begun = [c for c in cells if c.metadata.get("papermill", {}).get("start_time")]
+    if not (broken or begun):
+        return "no cell"
+    cell = broken[0] if broken else begun[-1]  # a dead kernel leaves no error in its last cell
+    number = numbers.get(cell.id, "of the parameters given")
+    return f"cell {number} (id {cell.id}, {cell.source.strip().splitlines()[0]!r})"
 
 
 def _papermill(papermill: Any, job: Job, output: Path) -> None:
