@@ -26,7 +26,8 @@ def glue(name: str, value: Any) -> None:
     if find_spec("myst_nb") is not None:
         from myst_nb import glue as keep
 
-        keep(name, value, display=False)
+        plain = value.item() if hasattr(value, "item") else value  # a page formats numbers
+        keep(name, plain, display=False)
 
 
 def check_parameters(
