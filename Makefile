@@ -32,8 +32,9 @@ site: env ## render again what has been executed
 serve: ## read the book at http://localhost:8000 (PORT=…)
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
+# One thread a worker: more of them than cores slow each other down tenfold.
 test: lint ## everything that checks the project
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: env ## style, types and clean notebooks
 	$(BIN)/ruff check .

@@ -80,14 +80,15 @@ QUICK = {
 def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
     """Every system on every task, a sweep, and stacks of growing size."""
     record = _header(scale, device)
+    host = torch.device(device)  # bf16 is measured where the processor is fast at it
+    precisions = [p for p in ("fp32", "bf16") if loop.effective(p, host) == p]
     with tempfile.TemporaryDirectory() as folder:
         teachers, tasks = Path(folder), scale.tasks(LENET, PLAIN)
         _teach(tasks, scale, device, teachers)
         for task in tasks:
             jobs = [scale.job(task, peer, scale.samples) for peer in PEERS]
             for options in (
-                {},
-                {"precision": "bf16"},
+                *({"precision": precision} for precision in precisions),
                 {"cached": False},
                 {"runs": scale.stack, "seed": 1},
                 {"runs": scale.stack, "seed": 1 + scale.stack, "cached": False},
@@ -100,7 +101,7 @@ def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
             apart = {**sweep, "processes": math.gcd(scale.sweep, torch.get_num_threads())}
             jobs = [
                 scale.job(task, "kdlib-in-turn", scale.group_samples, **split, precision=precision)
-                for precision in ("fp32", "bf16")
+                for precision in precisions
                 for split in ((sweep, apart) if apart["processes"] > 1 else (sweep,))
             ]
             jobs += [

@@ -142,7 +142,7 @@ def train(
     networks = [build(recipe).to(device) for recipe in group]
     model = networks[0] if len(group) == 1 else loop.Stack(networks)
     taught, teacher, loss = _lesson(group, device, teachers, samples)
-    precision = effective(first.precision, device)
+    precision = loop.effective(first.precision, device)
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
     with _progress(group) as show:
 
@@ -263,14 +263,6 @@ def _metrics(
     if constant or not finite:
         metrics["status"] = "diverged"
     return metrics
-
-
-def effective(precision: str, device: torch.device) -> str:
-    """The precision that is used: bf16 on a processor that is slow at it is fp32."""
-    if precision == "bf16" and device.type == "cpu":
-        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
-    return precision
 
 
 def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:

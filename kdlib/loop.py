@@ -131,6 +131,7 @@ def fit(
     rows: int64, the samples to train on. learning_rate, momentum, jitter, rows and seed may
     be sequences, one value a run. evaluate: name -> (inputs, labels), counted at each
     report, by default after each epoch, or 20 times where there are more.
+    precision: one of `PRECISIONS`; bf16 is fp32 on a processor that is slow at it.
     Returns the curves: "step", "train_loss", "train_accuracy" where the first target is
     labels, "<name>_errors". Ends early once no run has a finite loss.
     Raises ValueError for tensors that do not fit together and for unknown settings.
@@ -142,6 +143,7 @@ def fit(
             raise ValueError(f"{name} is {value}: expected more than 0")
     if precision == "fp64":
         model.double()
+    precision = effective(precision, next(model.parameters()).device)
     source = _Source(model, data, rows, seed, jitter, batch_size)
     steps = steps or max(1, round(epochs * source.sizes[0] / batch_size))
     epoch = math.ceil(source.sizes[0] / batch_size)
@@ -458,6 +460,14 @@ def settings(precision: str, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def effective(precision: str, device: torch.device) -> str:
+    """The precision that is used: bf16 on a processor that is slow at it is fp32."""
+    if precision == "bf16" and device.type == "cpu":
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return precision
 
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:
