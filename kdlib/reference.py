@@ -1,4 +1,4 @@
-"""Results recorded on a GPU, written by a program and read beside a page's own."""
+"""Results that are recorded in the book: written by a program, read beside a page's own."""
 
 import hashlib
 import json
@@ -36,6 +36,11 @@ def folder() -> Path:
     return Path(__file__).resolve().parents[1] / "book" / "reference"
 
 
+def path(chapter: str, profile: str = "full") -> Path:
+    """The file of a chapter's recorded results; those of other profiles lie in a folder each."""
+    return folder() / ("" if profile == "full" else profile) / f"{chapter}.json"
+
+
 def keep(chapter: str, profile: str, rows: Rows, measures: Measures | None = None) -> Path:
     """Put a chapter's runs where `record` finds them; its file, in `data.home()`.
 
@@ -66,7 +71,7 @@ def keep(chapter: str, profile: str, rows: Rows, measures: Measures | None = Non
 
 
 def record(chapter: str, profile: str = "full", commit: str | None = None) -> Path:
-    """Write what a chapter has kept into the book: book/reference/<chapter>.json.
+    """Write what a chapter has kept into the book, at `path(chapter, profile)`.
 
     commit: of the code that ran; by default that of the clone, which must have no change in
     kdlib that is not committed. Raises FileNotFoundError when the chapter has not run at
@@ -81,18 +86,17 @@ def record(chapter: str, profile: str = "full", commit: str | None = None) -> Pa
     if content["code"] != code_digest():
         raise ValueError(f"kdlib's training code has changed since {chapter} ran: run it again")
     content["commit"] = commit or _commit()
-    return _write(folder() / f"{chapter}.json", content)
+    return _write(path(chapter, profile), content)
 
 
-def results(chapter: str) -> dict[str, list[Recorded]] | None:
+def results(chapter: str, profile: str = "full") -> dict[str, list[Recorded]] | None:
     """A chapter's recorded runs by row, or None when none are recorded.
 
     Raises ValueError when the file is not as `record` wrote it.
     """
-    path = folder() / f"{chapter}.json"
-    if not path.is_file():
+    if not path(chapter, profile).is_file():
         return None
-    rows = _read(path)["rows"]
+    rows = _read(path(chapter, profile))["rows"]
     return {
         name: [Recorded(**line | {"recipe": Recipe.from_dict(line["recipe"])}) for line in lines]
         for name, lines in rows.items()
@@ -116,17 +120,17 @@ def beside(
     )
 
 
-def describe(chapter: str) -> str:
+def describe(chapter: str, profile: str = "full") -> str:
     """One sentence on what the reference run ran on, or that there is none."""
-    path = folder() / f"{chapter}.json"
-    if not path.is_file():
+    if not path(chapter, profile).is_file():
         return "No reference run is recorded yet, so its column holds “–”."
-    content = _read(path)
+    content = _read(path(chapter, profile))
     runs = [line for lines in content["rows"].values() for line in lines]
     last = max(runs, key=lambda line: str(line["provenance"]["date"]))["provenance"]
     hours = sum(line["seconds"] for line in runs) / 3600
+    name = "reference" if profile == "full" else profile
     return (
-        f"The reference run: {len(runs)} trainings in {hours:.2g} hours on {last['device']}, "
+        f"The {name} run: {len(runs)} trainings in {hours:.2g} hours on {last['device']}, "
         f"PyTorch {last['torch']}, {last['date'][:10]}, commit {content['commit'][:10]}."
     )
 
@@ -138,23 +142,23 @@ def _draft(chapter: str, profile: str) -> Path:
     return data.home() / "reference" / profile / f"{chapter}.json"
 
 
-def _write(path: Path, content: dict[str, Any]) -> Path:
+def _write(place: Path, content: dict[str, Any]) -> Path:
     """Beside, then renamed into place: a run a line, so that changes can be read."""
     content = {key: value for key, value in content.items() if key != "digest"}
     content["digest"] = _digest(content)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    place.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
-    return path
+    os.replace(beside, place)
+    return place
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _read(place: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     if content.get("digest") != _digest({k: v for k, v in content.items() if k != "digest"}):
         raise ValueError(
-            f"{path} was changed by hand: record it anew with `kdlib reference record`"
+            f"{place} was changed by hand: record it anew with `kdlib reference record`"
         )
     return content
 

@@ -40,8 +40,9 @@ def test_a_recorded_row_trained_anew_gives_the_same(
     made = rows()
     reference.keep(CHAPTER, "smoke", made, {"plain": {"errors_after": [3, 4]}})
     reference.record(CHAPTER, "smoke", commit="c0ffee")
-    recorded = reference.results(CHAPTER)
+    recorded = reference.results(CHAPTER, "smoke")
     assert recorded is not None
+    assert reference.results(CHAPTER) is None  # the reference run is the full one
     assert [len(row) for row in recorded.values()] == [2, 2]
     assert [run.metrics["errors_after"] for run in recorded["plain"]] == [3, 4]
     monkeypatch.setenv("KDLIB_HOME", str(store / "another"))
@@ -57,12 +58,13 @@ def test_a_row_of_the_book_trained_anew_agrees() -> None:
     """The cheapest row that was recorded, whatever the device: within five deviations."""
     found = [
         runs
-        for path in reference.folder().glob("*.json")
-        for runs in (reference.results(path.stem) or {}).values()
+        for profile in ("full", "quick")
+        for chapter in (page.stem for page in reference.folder().parent.glob("*.ipynb"))
+        for runs in (reference.results(chapter, profile) or {}).values()
         if not runs[0].recipe.teacher and len(runs) > 2 and _work(runs[0].recipe) < SMALL
     ]
     if not found:
-        pytest.skip("no small row is recorded: `kdlib run --profile full` on a GPU, then record")
+        pytest.skip("no small row is recorded: `kdlib reference record`")
     cheapest = min(found, key=lambda runs: _work(runs[0].recipe))
     new = kdlib.train(cheapest[0].recipe)
     known = spread(cheapest)  # type: ignore[arg-type]
@@ -82,7 +84,7 @@ def test_a_result_typed_by_hand_is_noticed(store: Path) -> None:
     content["rows"]["plain"][0]["metrics"]["test_errors"] -= 1
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="changed by hand"):
-        reference.results(CHAPTER)
+        reference.results(CHAPTER, "smoke")
 
 
 def test_three_sources_side_by_side(store: Path) -> None:
@@ -92,8 +94,8 @@ def test_three_sources_side_by_side(store: Path) -> None:
     assert before.loc["plain"].tolist() == [f"{errors:.1f} (1)", "–", "146"]
     assert reference.results(CHAPTER) is None
     assert "No reference run" in reference.describe(CHAPTER)
-    reference.keep(CHAPTER, "smoke", made)
-    reference.record(CHAPTER, "smoke", commit="c0ffee" * 4)
+    reference.keep(CHAPTER, "full", made)
+    reference.record(CHAPTER, "full", commit="c0ffee" * 4)
     after = reference.beside(CHAPTER, made, {})
     assert after.loc["plain"].tolist() == [f"{errors:.1f} (1)", f"{errors:.1f} (1)", "–"]
     assert "c0ffeec0ff" in reference.describe(CHAPTER)
