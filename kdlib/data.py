@@ -392,5 +392,8 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """What the networks see: ink as a fraction, uint8 (..., H, W) -> float32 (..., 1, H, W)."""
-    return images.unsqueeze(-3).float().div_(255)
+    """What the networks see: ink as a fraction, uint8 (..., H, W) -> float32 (..., 1, H, W).
+
+    The channel lies last in memory: convolutions of so few channels take half the time.
+    """
+    return images.unsqueeze(-1).float().div_(255).movedim(-1, -3)

@@ -735,3 +735,10 @@ def test_the_real_fashion_mnist(real_data: Path) -> None:
     clothes = data.load("fashion-mnist", "cpu", real_data)
     assert clothes.full.labels.bincount().tolist() == [6000] * 10
     assert clothes.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
+
+
+def test_networks_see_ink_as_a_fraction_with_the_channel_last_in_memory() -> None:
+    images = torch.arange(2 * 28 * 28).remainder(256).to(torch.uint8).view(2, 28, 28)
+    seen = data.to_input(images)
+    torch.testing.assert_close(seen, images[:, None] / 255)
+    assert seen.stride() == (784, 1, 28, 1)  # else convolutions take twice as long on a CPU
