@@ -95,27 +95,38 @@ def _papermill(papermill: Any, job: Job, output: Path) -> None:
 
 
 def rehearse(job: Job) -> list[str]:
-    """What a chapter would train, told by running it with untrained networks."""
+    """What a chapter would train, told by running it with untrained networks.
+
+    Cells that fail on such networks are passed over; the first line counts them.
+    """
     import papermill
-    from papermill.exceptions import PapermillExecutionError
+    from nbclient import NotebookClient
 
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger.jsonl"
         ledger.touch()
         os.environ["KDLIB_PLAN"] = str(ledger)
-        stopped = ""
         try:
-            _papermill(papermill, job, Path(folder) / "page.ipynb")
-        except PapermillExecutionError as error:  # untrained networks may fail a chapter's checks
-            stopped = f"; from cell {error.cell_index} on unknown"
+            notebook = papermill.execute_notebook(
+                job.source, Path(folder) / "page.ipynb", job.parameters, prepare_only=True
+            )
+            where = {"metadata": {"path": str(job.source.parent)}}
+            NotebookClient(
+                notebook, kernel_name="python3", allow_errors=True, resources=where
+            ).execute()
         finally:
             del os.environ["KDLIB_PLAN"]
         lines = plan.read(ledger)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    errors = [output for output in outputs if output.output_type == "error"]
     new = [line for line in lines if not line["stored"]]
     head = (
         f"{job.chapter}: {len(lines)} runs, {len(lines) - len(new)} of them in the store, "
-        f"about {sum(line['seconds'] for line in new):.0f} s for the others{stopped}"
+        f"about {sum(line['seconds'] for line in new):.0f} s for the others"
     )
+    if errors:
+        first = f"{errors[0].ename}: {errors[0].evalue}".splitlines()[0]
+        head += f"; {len(errors)} cells fail on untrained networks, the first with {first}"
     return [head] + [
         f"  {line['key']}  {line['model']:16} {line['steps']:7} steps  "
         + ("stored" if line["stored"] else f"{line['seconds']:6.1f} s")

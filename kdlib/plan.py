@@ -17,7 +17,7 @@ from torch import nn
 from kdlib import group, loop
 from kdlib.recipe import Recipe
 
-_TIMED = 30  # steps that an estimate is made from
+_TIMED = (20, 80)  # steps of the two trainings that an estimate is made from
 
 
 def ledger() -> Path | None:
@@ -29,7 +29,7 @@ def ledger() -> Path | None:
 def note(path: Path, recipe: Recipe, key: str, device: torch.device, stored: bool) -> None:
     """Add a run to the ledger: its key, model, steps, and the seconds that it would take."""
     steps = group.steps(recipe, device)
-    seconds = 0.0 if stored else steps * untrained(recipe, device).seconds / _TIMED
+    seconds = 0.0 if stored else estimate(recipe, steps, device)
     line = {"key": key, "model": recipe.model, "steps": steps, "seconds": seconds}
     with path.open("a") as file:
         print(json.dumps(line | {"stored": stored}), file=file)
@@ -44,17 +44,30 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(first.values())
 
 
+def estimate(recipe: Recipe, steps: int, device: torch.device) -> float:
+    """Seconds for so many steps and for the counting of errors that comes with them."""
+    few, many = (part.seconds for part in _a_few_steps(_shape(recipe), device))
+    short, long = _TIMED  # a busy machine may take longer for the short one
+    each = (many - few) / (long - short) if many > few else many / long
+    epoch = len(group.training(recipe, device)) / recipe.batch_size
+    reports = min(20, max(1, steps / epoch))
+    return steps * each + reports * max(0.0, few - short * each)
+
+
 def untrained(recipe: Recipe, device: torch.device) -> group.Trained:
     """In place of a training: a few steps of the same shape, which also tell the time."""
+    return _a_few_steps(_shape(recipe), device)[0]
+
+
+def _shape(recipe: Recipe) -> Recipe:
     fields = ("dataset", "batch_size", "dropout", "max_norm", "jitter", "precision", "validation")
-    shape = Recipe(recipe.model, **{name: getattr(recipe, name) for name in fields})
-    return _a_few_steps(shape.replace(steps=_TIMED), device)
+    return Recipe(recipe.model, **{name: getattr(recipe, name) for name in fields})
 
 
 @functools.cache
-def _a_few_steps(shape: Recipe, device: torch.device) -> group.Trained:
+def _a_few_steps(shape: Recipe, device: torch.device) -> list[group.Trained]:
     group.train([shape.replace(steps=2)], device, {})  # what only the first steps take
-    return group.train([shape], device, {})[0]
+    return [group.train([shape.replace(steps=steps)], device, {})[0] for steps in _TIMED]
 
 
 def fit(model: nn.Module, data: Sequence[Any], loss: loop.Loss, **settings: Any) -> loop.Curves:

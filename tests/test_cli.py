@@ -441,12 +441,17 @@ def test_a_plan_tells_the_cost_and_trains_nothing(
         "02_second",
         "import kdlib",
         "recipe = kdlib.Recipe('mlp-4', dataset=dataset, steps=50, seed=seed)",
-        "kdlib.train_all([recipe, recipe.replace(seed=9)], 'cpu');",
+        "some = kdlib.train_all([recipe, recipe.replace(seed=9)], 'cpu')",
+        "assert some[0].metrics['test_accuracy'] > 0.9, 'too few are right'",
+        "kdlib.train(recipe.replace(seed=10), 'cpu');",
     )
     assert cli.main(["run", "2", "--plan"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("02_second: 2 runs, 0 of them in the store, about ")
-    assert said.count("mlp-4") == 2
+    assert said.startswith("02_second: 3 runs, 0 of them in the store, about ")
+    assert said.splitlines()[0].endswith(
+        "; 1 cells fail on untrained networks, the first with AssertionError: too few are right"
+    )
+    assert said.count("mlp-4") == 3
     assert store.stored() == []
     assert "KDLIB_PLAN" not in os.environ
     assert pages(root) == [] if (root / "_build").exists() else True
