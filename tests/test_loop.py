@@ -703,7 +703,7 @@ def test_data_that_do_not_belong_together_are_refused() -> None:
             loop.fit(network(), wrong, CE)
     with pytest.raises(ValueError, match=r"data have \[\] samples"):
         loop.fit(network(), (), CE)
-    with pytest.raises(ValueError, match="the Sequential has no weights to train"):
+    with pytest.raises(ValueError, match="the MLP has no weights to train"):
         loop.fit(network().requires_grad_(False), (IMAGES, LABELS), CE)
     with pytest.raises(ValueError, match=r"data are on meta, the model on cpu: expected one dev"):
         loop.fit(network(), (IMAGES.to("meta"), LABELS), CE)
