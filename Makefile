@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env data book site serve test lint format bench bench-gpu clean distclean
+.PHONY: help env data book reference site serve test lint format bench bench-gpu clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -20,11 +20,14 @@ help: ## list the commands
 env: $(STAMP) ## make .venv with the tested versions of everything
 
 data: env ## fetch MNIST and check it
-	$(BIN)/kdlib data
+	$(BIN)/kdlib data mnist --fetch
 
 book: env ## execute the chapters and render _build/html/index.html
 	$(BIN)/kdlib run --profile $(PROFILE) $(CHAPTERS)
 	$(BIN)/kdlib build
+
+reference: env ## record what the full book has measured in book/reference
+	$(BIN)/kdlib reference record --profile $(PROFILE) $(CHAPTERS)
 
 site: env ## render again what has been executed
 	$(BIN)/kdlib build

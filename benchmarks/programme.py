@@ -174,8 +174,10 @@ def _row(result: turns.Result, scale: Scale, device: torch.device) -> Record:
 
 def _plan(job: Job) -> int:
     """What kdlib plans for the runs of a stack on a GPU, the data included."""
-    recipe = kdlib.Recipe(job.task.student, batch_size=job.task.batch_size)
-    return job.runs * group.memory(recipe) + 70_000 * 784 * 2
+    recipe = kdlib.Recipe(
+        job.task.student, dataset=job.task.dataset, batch_size=job.task.batch_size
+    )
+    return job.runs * group.memory(recipe, torch.device("cpu")) + 70_000 * 784 * 2
 
 
 def _teach(tasks: Sequence[Task], scale: Scale, device: str, folder: Path) -> None:

@@ -63,7 +63,7 @@ def chapters() -> list[str]:
             for value in node:
                 visit(value)
 
-    visit(yaml.safe_load((root() / "_toc.yml").read_text()))
+    visit(yaml.safe_load((root() / "_toc.yml").read_text(encoding="utf-8")))
     return [name for name in found if (root() / "book" / f"{name}.ipynb").is_file()]
 
 
@@ -115,7 +115,7 @@ def jobs(chosen: list[str], profile: str, given: dict[str, str]) -> tuple[list[J
 
     known = {chapter: defaults(chapter) for chapter in chosen}
     path = root() / "book" / "profiles" / f"{profile}.yml"
-    scales = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
+    scales = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
     for name in sorted(set(scales) - set(chapters())):
         raise BookError(f"{path} has an unknown chapter {name!r}{_nearest(name, chapters())}")
     if "profile" in given:
@@ -175,8 +175,8 @@ def _typed(chapter: str, name: str, value: Any, values: Parameters) -> Any:
         raise BookError(f"{chapter} has no parameter {name!r}{_nearest(name, list(values))}")
     if not _like(value, values[name]):
         raise BookError(
-            f"{chapter}: parameter {name} is {value!r}, a {type(value).__name__}: expected "
-            f"a {type(values[name]).__name__} such as {values[name]!r}"
+            f"{chapter}: parameter {name} is {value!r} ({type(value).__name__}): expected "
+            f"{type(values[name]).__name__}, such as {values[name]!r}"
         )
     return value
 

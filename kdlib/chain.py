@@ -79,12 +79,12 @@ def _failed_cell(job: Job, output: Path) -> str:
     return f"cell {number} (id {cell.id}, {cell.source.strip().splitlines()[0]!r})"
 
 
-def _papermill(papermill: Any, job: Job, output: Path) -> None:
+def _papermill(papermill: Any, job: Job, output: Path, source: Path | None = None) -> None:
     import logging
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     papermill.execute_notebook(
-        job.source,
+        source or job.source,
         output,
         parameters=job.parameters,
         kernel_name="python3",
@@ -97,36 +97,40 @@ def _papermill(papermill: Any, job: Job, output: Path) -> None:
 def rehearse(job: Job) -> list[str]:
     """What a chapter would train, told by running it with untrained networks.
 
-    Cells that fail on such networks are passed over; the first line counts them.
+    These may fail a chapter's own checks: the rest is run all the same. Raises BookError
+    for a chapter that fails before it asks for a run.
     """
     import papermill
-    from nbclient import NotebookClient
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Path(folder) / "ledger.jsonl"
+        ledger, source = Path(folder) / "ledger.jsonl", Path(folder) / "source.ipynb"
         ledger.touch()
+        notebook = read_notebook(job.source)
+        for cell in notebook.cells:
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "raises-exception"]
+        write_notebook(notebook, source)
         os.environ["KDLIB_PLAN"] = str(ledger)
+        stopped = ""
         try:
-            notebook = papermill.execute_notebook(
-                job.source, Path(folder) / "page.ipynb", job.parameters, prepare_only=True
-            )
-            where = {"metadata": {"path": str(job.source.parent)}}
-            NotebookClient(
-                notebook, kernel_name="python3", allow_errors=True, resources=where
-            ).execute()
+            _papermill(papermill, job, Path(folder) / "page.ipynb", source)
+        except (PapermillExecutionError, DeadKernelError) as error:
+            name = getattr(error, "ename", "the kernel died")
+            where = _failed_cell(job, Path(folder) / "page.ipynb")
+            stopped = f"{where}: {name}: {getattr(error, 'evalue', '')}".splitlines()[0]
         finally:
             del os.environ["KDLIB_PLAN"]
         lines = plan.read(ledger)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    errors = [output for output in outputs if output.output_type == "error"]
+    if stopped and not lines:
+        raise BookError(f"{job.chapter} failed in {stopped}")
     new = [line for line in lines if not line["stored"]]
     head = (
         f"{job.chapter}: {len(lines)} runs, {len(lines) - len(new)} of them in the store, "
         f"about {sum(line['seconds'] for line in new):.0f} s for the others"
     )
-    if errors:
-        first = f"{errors[0].ename}: {errors[0].evalue}".splitlines()[0]
-        head += f"; {len(errors)} cells fail on untrained networks, the first with {first}"
+    if stopped:
+        head += f"\n  a guess from here on, since untrained networks fail in {stopped}"
     return [head] + [
         f"  {line['key']}  {line['model']:16} {line['steps']:7} steps  "
         + ("stored" if line["stored"] else f"{line['seconds']:6.1f} s")
@@ -160,11 +164,13 @@ def clean(notebook: Any) -> Any:
 
 def _digest(job: Job) -> str:
     """A digest of all that an executed page depends on."""
-    notebook = json.loads(job.source.read_text())
+    notebook = json.loads(job.source.read_text(encoding="utf-8"))
     cells = [(cell["cell_type"], cell["source"], cell["metadata"]) for cell in notebook["cells"]]
     parts = [json.dumps([cells, job.parameters], sort_keys=True)]
     library = Path(__file__).parent
-    parts += [p.read_text() for p in sorted(library.glob("*.py")) if p.name not in MAKERS]
+    parts += [
+        p.read_text(encoding="utf-8") for p in sorted(library.glob("*.py")) if p.name not in MAKERS
+    ]
     recorded = root() / "book" / "reference" / f"{job.chapter}.json"
-    parts += [recorded.read_text()] if recorded.is_file() else []
+    parts += [recorded.read_text(encoding="utf-8")] if recorded.is_file() else []
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return int(options.command(options) or 0)
-    except (BookError, DataError, StoreError, ValueError, FileNotFoundError) as error:
+    except (BookError, DataError, StoreError, ValueError, OSError) as error:
         print(f"kdlib: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
@@ -82,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(command=_runs)
 
     record = commands.add_parser(
-        "reference", help="write a chapter's full results into book/reference"
+        "reference", help="write chapters' full results into book/reference"
     )
     record.add_argument("action", choices=("record",))
-    record.add_argument("chapters", nargs="+", metavar="CHAPTER")
+    record.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all that ran")
     record.add_argument("--profile", default="full")
     record.add_argument("--commit", help="of the code that ran, where this is no clone")
     record.set_defaults(command=_record)
@@ -155,5 +155,6 @@ def _runs(options: argparse.Namespace) -> None:
 def _record(options: argparse.Namespace) -> None:
     from kdlib import reference
 
-    for chapter in options.chapters:
-        print(reference.record(Path(chapter).stem, options.profile, options.commit))
+    named = [Path(chapter).stem for chapter in options.chapters]
+    for chapter in named or reference.kept(options.profile):
+        print(reference.record(chapter, options.profile, options.commit))

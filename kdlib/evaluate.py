@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from kdlib.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ def spread(runs: Sequence[Run], metric: str = "test_errors") -> Spread:
     return Spread(mean, deviation, len(good), len(runs) - len(good))
 
 
-def table(groups: Mapping[str, Sequence[Run]], metric: str = "test_errors") -> pd.DataFrame:
+def table(groups: Mapping[str, Sequence[Run]], metric: str = "test_errors") -> "pd.DataFrame":
     """A row a group: mean, standard deviation, number of seeds, diverged runs."""
+    import pandas as pd  # a bare machine trains without it
+
     rows = {name: spread(runs, metric) for name, runs in groups.items()}
     return pd.DataFrame(
         {

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from kdlib import data, loop, losses, models
 from kdlib.recipe import Recipe
@@ -89,11 +88,12 @@ def cut(
     return groups
 
 
-def memory(recipe: Recipe) -> int:
+def memory(recipe: Recipe, device: torch.device) -> int:
     """Bytes that one more run of a stack takes at most, its data left out."""
-    network = build(recipe)
+    network, samples = build(recipe), training(recipe, device)
     weights = sum(weight.numel() for weight in network.parameters())
-    inputs = torch.zeros(2, 1, 28, 28, dtype=next(network.parameters()).dtype)
+    kind = next(network.parameters()).dtype
+    inputs = data.to_input(samples.images[:2].cpu()).to(kind)
     outputs = 0
 
     def count(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -103,24 +103,30 @@ def memory(recipe: Recipe) -> int:
     for layer in network.modules():
         if not list(layer.children()):
             layer.register_forward_hook(count)
-    network(inputs)
+    classes: int = network(inputs).shape[-1]
     batch = max(recipe.batch_size, 2000)  # training or evaluation, whichever is larger
     drawn = loop.BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
-    return 4 * (6 * weights + 3 * batch * (outputs + 784)) + 2 * drawn + 60_000 * 10 * 4
+    numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())
+    size: int = kind.itemsize
+    return size * numbers + 2 * drawn + len(samples) * classes * 4
 
 
 def _capacity(recipe: Recipe, device: torch.device) -> int:
     """How many runs of a recipe's shape the device holds, leaving a third of it free."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-    else:
+    elif hasattr(os, "sysconf"):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    dataset = 70_000 * 784 * 2
-    most = int((total * 2 / 3 - dataset) // memory(recipe))
+    else:  # Windows does not say
+        total = 8 * 2**30
+    everything = data.load(recipe.dataset, device)
+    images = 2 * (everything.full.images.numel() + everything.test.images.numel())
+    needed = memory(recipe, device)
+    most = int((total * 2 / 3 - images) // needed)
     if most < 1:
         raise MemoryError(
             f"one run of {recipe.model!r} at batch_size={recipe.batch_size} needs about "
-            f"{memory(recipe) / 2**30:.1f} GiB, more than {device} can give "
+            f"{needed / 2**30:.1f} GiB, more than {device} can give "
             f"({total / 2**30:.1f} GiB): use a smaller batch_size or model"
         )
     return most
@@ -144,7 +150,8 @@ def train(
     taught, teacher, loss = _lesson(group, device, teachers, samples)
     precision = loop.effective(first.precision, device)
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
-    with _progress(group) as show:
+    length = steps(first, device)
+    with _progress(group, length * first.batch_size / len(chosen[0])) as show:
 
         def on_report(state: loop.State) -> None:
             show(state)
@@ -155,7 +162,7 @@ def train(
             model,
             [samples.images, samples.labels, *taught],
             loss,
-            steps=steps(first, device),
+            steps=length,
             batch_size=first.batch_size,
             learning_rate=_field(group, "learning_rate"),
             momentum=_field(group, "momentum"),
@@ -280,9 +287,11 @@ def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(group: Sequence[Recipe]) -> Iterator[Callable[[loop.State], None]]:
-    """One bar for a group, in a terminal only: runs x steps, loss, accuracy, errors so far."""
-    name = group[0].model + (f" x {len(group)}" if len(group) > 1 else "")
+def _progress(group: Sequence[Recipe], epochs: float) -> Iterator[Callable[[loop.State], None]]:
+    """One bar for a group, in a terminal only: runs x epochs, loss, accuracy, errors so far."""
+    from tqdm import tqdm  # a bare machine measures without it
+
+    name = f"{group[0].model}, {len(group)} run{'s'[: len(group) > 1]} x {epochs:.3g} epochs"
     with tqdm(desc=name, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def show(state: loop.State) -> None:

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import hashlib
 import math
+import numbers
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -138,9 +139,14 @@ def fit(
     """
     _known("precision", precision, PRECISIONS)
     _known("schedule", schedule, SCHEDULES)
-    for name, value in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}: expected more than 0")
+    _above("epochs", epochs)
+    _above("max_norm", max_norm)
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("report_every", report_every),
+    ):
+        _above(name, value, whole=True)
     if precision == "fp64":
         model.double()
     precision = effective(precision, next(model.parameters()).device)
@@ -163,6 +169,12 @@ def fit(
                     targets = [*targets, teacher(inputs)]
             logits = model(inputs)
         losses = loss(logits.to(inputs.dtype), *targets)
+        if getattr(losses, "shape", None) != rate.shape or not losses.requires_grad:
+            got = losses if not isinstance(losses, Tensor) else f"shape {tuple(losses.shape)}"
+            raise ValueError(
+                f"the loss gave {got}: expected a tensor of shape {tuple(rate.shape)}, a mean "
+                "over the batch that has a gradient"
+            )
         gradients = torch.autograd.grad(
             (losses * rate).sum(), weights, allow_unused=True, materialize_grads=True
         )
@@ -216,17 +228,22 @@ class _Source:
         batch_size: int,
     ) -> None:
         self.runs = model.runs if isinstance(model, Stack) else None
+        if isinstance(data, Tensor) or not all(isinstance(p, Tensor | list | tuple) for p in data):
+            kinds = [type(part).__name__ for part in data[:9]]
+            raise ValueError(f"data hold {kinds}: expected tensors, (inputs, *targets)")
         self.tensors = [
             torch.stack(list(part)) if isinstance(part, list | tuple) else part for part in data
         ]
         self.shared = [isinstance(part, Tensor) for part in data]
-        weight = next(model.parameters())
+        weight = next((w for w in model.parameters() if w.requires_grad), None)
+        if weight is None:
+            raise ValueError(f"the {type(model).__name__} has no weights to train")
         self.device, self.dtype = weight.device, weight.dtype
         sizes = [
             tensor.shape[0 if shared else 1]
             for tensor, shared in zip(self.tensors, self.shared, strict=True)
         ]
-        if len(set(sizes)) > 1 or not sizes[0]:
+        if len(set(sizes)) != 1 or not sizes[0]:
             raise ValueError(f"data have {sizes} samples: expected equal numbers, above 0")
         wrong = {str(tensor.device) for tensor in self.tensors} - {str(self.device)}
         if wrong:
@@ -239,12 +256,27 @@ class _Source:
         self.sizes = [sizes[0] if chosen is None else len(chosen) for chosen in self.rows]
         if not all(self.sizes):
             raise ValueError("rows are empty: expected the numbers of some samples")
+        for chosen in self.rows:
+            if chosen is not None and (
+                chosen.dtype != torch.int64
+                or int(chosen.min()) < 0
+                or int(chosen.max()) >= sizes[0]
+            ):
+                raise ValueError(
+                    f"rows are {chosen.dtype} from {chosen.min()} to {chosen.max()}: expected "
+                    f"int64, the numbers of samples from 0 to {sizes[0] - 1}"
+                )
         self.seeds = [seed] * count if isinstance(seed, int) else list(seed)
         self.jitters = [jitter] * count if isinstance(jitter, int) else list(jitter)
         lengths = {"rows": self.rows, "seed": self.seeds, "jitter": self.jitters}
         for name, values in lengths.items():
             if len(values) != count:
                 raise ValueError(f"{name} has {len(values)} values: expected {count}, one a run")
+        tall = self.tensors[0].shape[-2:] if self.tensors[0].dtype == torch.uint8 else (1,)
+        if not all(0 <= reach < min(tall) for reach in self.jitters):
+            raise ValueError(
+                f"jitter is {jitter}: expected pixels from 0, fewer than the uint8 images have"
+            )
         self.batch_size = batch_size
         self.labelled = len(data) > 1 and self.tensors[1].dtype == torch.int64
 
@@ -255,7 +287,10 @@ class _Source:
         for name, value in settings.items():
             tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device)
             if tensor.shape not in ((), shape):
-                raise ValueError(f"{name} has {tensor.numel()} values: expected {self.runs}")
+                raise ValueError(f"{name} has {tensor.numel()} values: expected {self.runs or 1}")
+            if not (tensor.min() >= 0 and tensor.max() < (1 if name == "momentum" else math.inf)):
+                most = "[0, 1)" if name == "momentum" else "[0, ∞)"
+                raise ValueError(f"{name} is {value}: expected numbers in {most}")
             tensors.append(tensor.expand(shape).clone())
         return tensors
 
@@ -489,6 +524,13 @@ def _keep_memory() -> None:
 def _mix(*parts: object) -> int:
     """A seed of 63 bits from whatever decides it."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+
+
+def _above(name: str, value: float | None, whole: bool = False) -> None:
+    kind = "a whole number, 1 or more" if whole else "a finite number above 0"
+    real = isinstance(value, numbers.Integral if whole else numbers.Real)
+    if value is not None and not (real and 0 < value < math.inf):
+        raise ValueError(f"{name} is {value!r}: expected {kind}")
 
 
 def _known(name: str, value: str, values: Any) -> None:

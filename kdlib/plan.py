@@ -6,6 +6,7 @@ is asked for to it, as a line of JSON, and gives untrained networks for those no
 
 import functools
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from kdlib import group, loop
 from kdlib.recipe import Recipe
 
-_TIMED = (20, 80)  # steps of the two trainings that an estimate is made from
+_TIMED = 30  # steps that an estimate is made from, and the most of a reader's own loop
 
 
 def ledger() -> Path | None:
@@ -26,50 +27,47 @@ def ledger() -> Path | None:
     return Path(name) if name else None
 
 
-def note(path: Path, recipe: Recipe, key: str, device: torch.device, stored: bool) -> None:
-    """Add a run to the ledger: its key, model, steps, and the seconds that it would take."""
-    steps = group.steps(recipe, device)
-    seconds = 0.0 if stored else estimate(recipe, steps, device)
-    line = {"key": key, "model": recipe.model, "steps": steps, "seconds": seconds}
+def note(path: Path, recipe: Recipe, key: str, steps: int, seconds: float | None) -> None:
+    """Add a run to the ledger: key, model, steps, and its seconds or None where it is stored."""
+    line = {"key": key, "model": recipe.model, "steps": steps, "seconds": seconds or 0.0}
     with path.open("a") as file:
-        print(json.dumps(line | {"stored": stored}), file=file)
+        print(json.dumps(line | {"stored": seconds is None}), file=file)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a ledger, each once, in the order in which they were first asked for."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     first: dict[str, dict[str, Any]] = {}
     for line in lines:
         first.setdefault(line["key"], line)
     return list(first.values())
 
 
-def estimate(recipe: Recipe, steps: int, device: torch.device) -> float:
-    """Seconds for so many steps and for the counting of errors that comes with them."""
-    few, many = (part.seconds for part in _a_few_steps(_shape(recipe), device))
-    short, long = _TIMED  # a busy machine may take longer for the short one
-    each = (many - few) / (long - short) if many > few else many / long
-    epoch = len(group.training(recipe, device)) / recipe.batch_size
-    reports = min(20, max(1, steps / epoch))
-    return steps * each + reports * max(0.0, few - short * each)
-
-
-def untrained(recipe: Recipe, device: torch.device) -> group.Trained:
-    """In place of a training: a few steps of the same shape, which also tell the time."""
-    return _a_few_steps(_shape(recipe), device)[0]
-
-
-def _shape(recipe: Recipe) -> Recipe:
+def untrained(members: Sequence[Recipe], device: torch.device) -> tuple[group.Trained, float]:
+    """In place of a group's training: a run of a few steps, and the seconds a run would take."""
+    first = members[0]
     fields = ("dataset", "batch_size", "dropout", "max_norm", "jitter", "precision", "validation")
-    return Recipe(recipe.model, **{name: getattr(recipe, name) for name in fields})
+    shape = Recipe(first.model, **{name: getattr(first, name) for name in fields})
+    result, pace, report = _a_few_steps(shape, len(members), device)
+    steps = group.steps(first, device)
+    epoch = math.ceil(len(group.rows(first, device)) / first.batch_size)
+    return result, steps * pace + report * math.ceil(steps / max(epoch, steps / 20))
 
 
 @functools.cache
-def _a_few_steps(shape: Recipe, device: torch.device) -> list[group.Trained]:
-    group.train([shape.replace(steps=2)], device, {})  # what only the first steps take
-    return [group.train([shape.replace(steps=steps)], device, {})[0] for steps in _TIMED]
+def _a_few_steps(
+    shape: Recipe, runs: int, device: torch.device
+) -> tuple[group.Trained, float, float]:
+    """A run of a stack of some shape, its share of the seconds of a step and of a report."""
+    _, short, long = (
+        group.train([shape.replace(steps=n, seed=run) for run in range(runs)], device, {})[0]
+        for n in (2, 2, _TIMED)  # the first takes what only the first takes
+    )
+    pace = max(0.0, long.seconds - short.seconds) / (_TIMED - 2)
+    return long, pace, max(0.0, short.seconds - 2 * pace)
 
 
 def fit(model: nn.Module, data: Sequence[Any], loss: loop.Loss, **settings: Any) -> loop.Curves:
-    """`loop.fit` in a rehearsal: the same call, one step long."""
-    return loop.fit(model, data, loss, **settings | {"steps": 1, "report_every": 1})
+    """`loop.fit` in a rehearsal: the same call, but a few steps long where it is long."""
+    steps = min(settings.get("steps") or _TIMED, _TIMED)
+    return loop.fit(model, data, loss, **settings | {"steps": steps})

@@ -70,6 +70,16 @@ def keep(chapter: str, profile: str, rows: Rows, measures: Measures | None = Non
     return _write(_draft(chapter, profile), content)
 
 
+def kept(profile: str) -> list[str]:
+    """The chapters that have kept results at a profile. FileNotFoundError when none has."""
+    found = sorted(path.stem for path in _draft("x", profile).parent.glob("[!.]*.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"no chapter has kept {profile} results: `kdlib run --profile {profile}`"
+        )
+    return found
+
+
 def record(chapter: str, profile: str = "full", commit: str | None = None) -> Path:
     """Write what a chapter has kept into the book, at `path(chapter, profile)`.
 

@@ -4,9 +4,11 @@ import ast
 import functools
 import hashlib
 import inspect
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from kdlib import data, group, loop, losses, models, plan, store
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
+_ONE_AT_A_TIME = threading.Lock()  # PyTorch's generators are a process's, not a thread's
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -87,6 +90,7 @@ def train_all(
     that had arrived.
     """
     where = data.resolve_device(device)
+    writer = _writer() if log_dir is not None else None
     made: dict[Recipe, Run] = {}
     for level in _levels(recipes):
         keys = {recipe: key(recipe, where) for recipe in level}
@@ -96,13 +100,13 @@ def train_all(
         work = _scatter(executor, stack) if executor else _in_turn(stack)
         ledger = plan.ledger()
         if ledger is not None:
-            work = _rehearse(ledger)
+            work = _rehearse(ledger, stack)
         for recipe, run in work(missing, keys, where, made):
             made[recipe] = run
     runs_in_order = [made[recipe] for recipe in recipes]
-    if log_dir is not None:
+    if writer is not None and log_dir is not None:
         for run in runs_in_order:
-            _log(run, Path(log_dir))
+            _log(run, Path(log_dir), writer)
     return runs_in_order
 
 
@@ -119,7 +123,7 @@ def _in_turn(stack: int | None) -> Work:
         device: torch.device,
         made: dict[Recipe, Run],
     ) -> Made:
-        for members in _cut(missing, keys, device, stack):
+        for members in _cut(missing, keys, device, stack) if missing else ():
             names = [keys[recipe] for recipe in members]
             with store.locked(names):
                 runs = [_stored(recipe, keys[recipe], device) for recipe in members]
@@ -141,7 +145,20 @@ def _cut(
         if len(members) == len(names) and any(recipe in rest for recipe in members):
             groups.append(members)
             rest = [recipe for recipe in rest if recipe not in members]
+        elif {recipe.key for recipe in rest}.issuperset(_asked(names)):
+            warnings.warn(
+                "an interrupted training of these recipes has left a checkpoint of other "
+                "training code, data or device: it is not used, the training starts anew; "
+                "`kdlib runs --prune` removes it",
+                stacklevel=2,
+            )
     return groups + group.cut(rest, device, stack)
+
+
+def _asked(names: list[str]) -> list[str]:
+    """The keys of the recipes whose training a checkpoint has kept."""
+    asked: list[str] = (store.load_checkpoint(names) or {}).get("recipes", [""])
+    return asked
 
 
 def _train_here(
@@ -153,7 +170,7 @@ def _train_here(
     def on_state(state: dict[str, Any]) -> None:
         nonlocal saved
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            store.save_checkpoint(names, state)
+            store.save_checkpoint(names, state | {"recipes": [r.key for r in members]})
             saved = time.monotonic()
 
     teachers = _networks(members, made)
@@ -174,34 +191,41 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
         device: torch.device,
         made: dict[Recipe, Run],
     ) -> Made:
-        waiting = {}
+        waiting, arrived = {}, 0
+        failure: Exception | None = None
         for members in group.cut(missing, device, stack):
             taught = {
                 teacher: {name: w.cpu() for name, w in made[teacher].weights.items()}
                 for recipe in members
                 for teacher in recipe.teacher
             }
-            waiting[executor.submit(_train_there, members, str(device), taught)] = members
-        broken, arrived = None, 0
+            try:
+                waiting[executor.submit(_train_there, members, str(device), taught)] = members
+            except RuntimeError as error:  # broken or shut down: no further work
+                failure = error
+                break
         for future in as_completed(waiting):
             try:
                 results = future.result()
-            except BrokenExecutor as error:  # go on: others had finished before it broke
-                broken = error
+            except Exception as error:  # go on: what the others give is kept
+                failure = failure or error
                 continue
             for recipe, result in zip(waiting[future], results, strict=True):
-                yield recipe, _keep(recipe, keys[recipe], result, device)
+                with store.locked([keys[recipe]]):
+                    run = _keep(recipe, keys[recipe], result, device)
+                yield recipe, run
                 arrived += 1
-        if broken is not None:
+        if failure is not None:
             raise RuntimeError(
-                f"the executor broke ({broken}) after {arrived} of {len(missing)} runs: these "
-                "are stored; the same call with a new executor trains the others"
-            ) from broken
+                f"the executor failed ({type(failure).__name__}: {failure}) after {arrived} of "
+                f"{len(missing)} runs: these are stored; the same call with a new executor "
+                "trains the others"
+            ) from failure
 
     return work
 
 
-def _rehearse(ledger: Path) -> Work:
+def _rehearse(ledger: Path, stack: int | None) -> Work:
     """Write down what would be trained, and train nothing."""
 
     def work(
@@ -210,11 +234,13 @@ def _rehearse(ledger: Path) -> Work:
         device: torch.device,
         made: dict[Recipe, Run],
     ) -> Made:
-        for recipe, name in keys.items():
-            plan.note(ledger, recipe, name, device, recipe in made)
-        for recipe in missing:
-            result = plan.untrained(recipe, device)
-            yield recipe, _run(recipe, vars(result), result.weights, False, device)
+        for recipe in (recipe for recipe in keys if recipe not in missing):
+            plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), None)
+        for members in group.cut(missing, device, stack):
+            result, seconds = plan.untrained(members, device)
+            for recipe in members:
+                plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), seconds)
+                yield recipe, _run(recipe, vars(result), result.weights, False, device)
 
     return work
 
@@ -226,10 +252,12 @@ def _train_there(
     where = data.resolve_device(device)
     teachers = {}
     for teacher, weights in taught.items():
-        teachers[teacher] = group.build(teacher)
+        with _ONE_AT_A_TIME:
+            teachers[teacher] = group.build(teacher)
         teachers[teacher].load_state_dict(weights)
         teachers[teacher].to(where).eval()
-    return group.train(members, where, teachers)
+    with _ONE_AT_A_TIME:
+        return group.train(members, where, teachers)
 
 
 def _keep(recipe: Recipe, name: str, result: group.Trained, device: torch.device) -> Run:
@@ -324,12 +352,21 @@ def _levels(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
     return [[member for member in family if _depth(member) == depth] for depth in depths]
 
 
-def _log(run: Run, folder: Path) -> None:
-    """A run's curves as TensorBoard scalars, each under its own tag at its true steps."""
-    from torch.utils.tensorboard import SummaryWriter
+def _writer() -> Any:
+    """TensorBoard's writer, found before anything is trained."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"log_dir needs TensorBoard ({error}): pip install tensorboard", name="tensorboard"
+        ) from error
+    return SummaryWriter
 
-    with SummaryWriter(str(folder / f"{run.recipe.model}-{run.recipe.key}")) as writer:
+
+def _log(run: Run, folder: Path, writer: Any) -> None:
+    """A run's curves as TensorBoard scalars, each under its own tag at its true steps."""
+    with writer(str(folder / f"{run.recipe.model}-{run.recipe.key}")) as scalars:
         for tag, values in run.curves.items():
             for step, value in zip(run.curves["step"], values, strict=True):
                 if tag != "step":
-                    writer.add_scalar(tag.replace("_", "/", 1), value, step)
+                    scalars.add_scalar(tag.replace("_", "/", 1), value, step)

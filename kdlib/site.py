@@ -65,7 +65,7 @@ def build(profile: str | None = None) -> Path:
         fresh = output / "_build" / "html"
         if finished.returncode or not (fresh / "index.html").is_file():
             log = work / "build.log"
-            log.write_text(finished.stdout + finished.stderr)
+            log.write_text(finished.stdout + finished.stderr, encoding="utf-8")
             said = re.sub(r"\x1b\[[\d;]*m", "", finished.stderr).replace(f"{staging}/", "")
             wrong = [x for x in said.splitlines() if re.search("WARNING|ERROR|Error", x)]
             raise BookError("\n".join(["the site could not be built:", *wrong[:20], f"see {log}"]))
@@ -140,8 +140,10 @@ def _stage(top: Path, staging: Path, profile: str | None) -> None:
     _fill_in(staging / "book", set(ran))
     rerun = staging / "book" / "rerun.md"
     if rerun.is_file():
-        rerun.write_text(rerun.read_text().replace("<!-- parameters -->", _parameters()))
-    config = yaml.safe_load((top / "_config.yml").read_text())
+        rerun.write_text(
+            rerun.read_text(encoding="utf-8").replace("<!-- parameters -->", _parameters())
+        )
+    config = yaml.safe_load((top / "_config.yml").read_text(encoding="utf-8"))
     home = repository(top)
     if home:
         config["repository"] = {"url": home, "path_to_book": "", "branch": "main"}
@@ -150,7 +152,7 @@ def _stage(top: Path, staging: Path, profile: str | None) -> None:
     everywhere = dict.fromkeys(note for page in ran.values() for note in _notes(made(page)))
     if everywhere:
         config["html"]["announcement"] = " ".join(everywhere)
-    (staging / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (staging / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def _notes(about: dict[str, Any]) -> list[str]:
@@ -200,7 +202,7 @@ def repository(top: Path) -> str:
     if os.environ.get("GITHUB_REPOSITORY"):
         server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
         return f"{server}/{os.environ['GITHUB_REPOSITORY']}"
-    project = tomllib.loads((top / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     url: str = project["urls"]["Repository"]
     host = urlsplit(url).hostname or ""
     return "" if host.split(".")[-2:-1] == ["example"] else url
@@ -237,7 +239,7 @@ def _fill_in(book: Path, ran: set[str]) -> None:
         return TO_COME.sub(document, REFERRED.sub(picture, GLUED.sub(figure, text)))
 
     for page in book.glob("*.md"):
-        page.write_text(fill(page.read_text(), page.name))
+        page.write_text(fill(page.read_text(encoding="utf-8"), page.name), encoding="utf-8")
     for name, notebook in notebooks.items():
         for cell in notebook.cells:
             if cell.cell_type == "markdown":

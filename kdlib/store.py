@@ -15,8 +15,6 @@ from typing import Any
 
 import filelock
 import torch
-from safetensors.torch import load as load_weights
-from safetensors.torch import save as save_weights
 from torch import Tensor
 
 from kdlib import data
@@ -47,7 +45,9 @@ def folder() -> Path:
 
 def write(key: str, record: dict[str, Any], weights: Weights) -> None:
     """Store a run under its key. Raises StoreError when the disk is full or read-only."""
-    content = save_weights({name: weight.cpu().contiguous() for name, weight in weights.items()})
+    from safetensors.torch import save  # a bare machine measures without it
+
+    content = save({name: weight.cpu().contiguous() for name, weight in weights.items()})
     record = record | {"key": key, "weights": hashlib.sha256(content).hexdigest()}
     text = json.dumps({"digest": _digest(record), "run": record}, indent=1)
     beside = folder() / f".{key}.new"
@@ -68,6 +68,8 @@ def write(key: str, record: dict[str, Any], weights: Weights) -> None:
 
 def read(key: str) -> tuple[dict[str, Any], Weights] | None:
     """A stored run's record and weights, or None when it is missing or damaged."""
+    from safetensors.torch import load
+
     try:
         saved = json.loads((folder() / key / "run.json").read_bytes())
         content = (folder() / key / "weights.safetensors").read_bytes()
@@ -82,7 +84,7 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
         and record.get("key") == key
         and record.get("weights") == hashlib.sha256(content).hexdigest()
     ):
-        return record, load_weights(content)
+        return record, load(content)
     warnings.warn(f"the stored run {folder() / key} is damaged: made anew", stacklevel=2)
     return None
 

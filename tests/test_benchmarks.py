@@ -3,6 +3,9 @@
 import contextlib
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -298,6 +301,19 @@ def test_the_books_page_is_what_the_records_say(tmp_path):
             report.PAGES / f"{device}.md"
         ).read_text(), "`python -m benchmarks --render` makes the page anew"
         assert (tmp_path / f"{device}.svg").is_file() == (report.PAGES / f"{device}.svg").is_file()
+
+
+def test_a_bare_machine_with_pytorch_can_measure(tmp_path):
+    """What a GPU's part imports is in PyTorch's own company: torchvision, NumPy, filelock."""
+    packages = "pandas safetensors tqdm matplotlib mlxtend platformdirs keras torchdistill yaml"
+    hidden = f"import sys\nfor name in {packages!r}.split(): sys.modules[name] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    for needed in ("benchmarks.__main__", "benchmarks.systems", "kdlib"):
+        code = f"import {needed}"
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True
+        )
 
 
 def test_a_trial_from_end_to_end(tmp_path):

@@ -134,7 +134,7 @@ def test_a_parameter_of_another_chapter_is_refused(refused: Told) -> None:
 def test_a_wrong_type_is_refused(name: str, value: str, expected: str, refused: Told) -> None:
     said = refused("run", "-p", name, value)
     assert f"01_first: parameter {name} is" in said or f"parameter {name} is" in said
-    assert f"expected a {expected} such as" in said or f"expected an {expected} such as" in said
+    assert f"expected {expected}, such as" in said
 
 
 def test_a_profile_is_no_parameter(refused: Told) -> None:
@@ -441,20 +441,55 @@ def test_a_plan_tells_the_cost_and_trains_nothing(
         "02_second",
         "import kdlib",
         "recipe = kdlib.Recipe('mlp-4', dataset=dataset, steps=50, seed=seed)",
-        "some = kdlib.train_all([recipe, recipe.replace(seed=9)], 'cpu')",
-        "assert some[0].metrics['test_accuracy'] > 0.9, 'too few are right'",
-        "kdlib.train(recipe.replace(seed=10), 'cpu');",
+        "kdlib.train_all([recipe, recipe.replace(seed=9)], 'cpu');",
     )
     assert cli.main(["run", "2", "--plan"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("02_second: 3 runs, 0 of them in the store, about ")
-    assert said.splitlines()[0].endswith(
-        "; 1 cells fail on untrained networks, the first with AssertionError: too few are right"
-    )
-    assert said.count("mlp-4") == 3
+    assert said.startswith("02_second: 2 runs, 0 of them in the store, about ")
+    assert said.count("mlp-4") == 2
     assert store.stored() == []
     assert "KDLIB_PLAN" not in os.environ
     assert pages(root) == [] if (root / "_build").exists() else True
+
+
+@pytest.mark.chain
+def test_a_plan_goes_on_where_untrained_networks_fail_a_check(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(
+        root,
+        "02_second",
+        "import kdlib",
+        "recipe = kdlib.Recipe('mlp-4', dataset=dataset, steps=50, seed=seed)",
+        "assert kdlib.train(recipe, 'cpu').metrics['test_errors'] < 0, 'too bad'",
+        "kdlib.train(recipe.replace(seed=9), 'cpu');",
+    )
+    assert cli.main(["run", "2", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("02_second: 2 runs, 0 of them in the store")
+    assert "a guess from here on" in said
+    assert "cell 5 (id code-2" in said
+    assert "AssertionError: too bad" in said
+
+
+@pytest.mark.chain
+def test_a_plan_of_a_chapter_that_cannot_start_is_an_error(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(root, "02_second", "raise RuntimeError(f'no seed {seed}')")
+    assert cli.main(["run", "2", "--plan", "-p", "seed", "3"]) == 1
+    assert "02_second failed in cell 3 (id code-0" in (said := capsys.readouterr().err)
+    assert "RuntimeError: no seed 3" in said
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "_build").write_text("a file, where a folder is to be")
+    assert cli.main(["run", "2"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("kdlib: ")
+    assert str(root / "_build") in said
 
 
 # --- what decides a page -----------------------------------------------------------------

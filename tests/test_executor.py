@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import kdlib
-from kdlib import store
+from kdlib import runs, store
 
 SMALL = kdlib.Recipe("mlp-8", dataset="mnist-5k", epochs=1)
 RECIPES = [SMALL.replace(seed=seed) for seed in range(5)]
@@ -64,6 +64,48 @@ def test_a_broken_pool_says_so_and_keeps_what_had_arrived() -> None:
     assert cached == [recipe.seed in kept for recipe in RECIPES]
 
 
+def fail_at_seed_0(members: list[kdlib.Recipe], *rest: Any) -> Any:
+    if members[0].seed == 0:
+        raise MemoryError("no room")
+    return train_there(members, *rest)
+
+
+train_there = runs._train_there
+
+
+def test_a_worker_that_fails_loses_only_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_train_there", fail_at_seed_0)
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(RuntimeError, match=r"MemoryError: no room\) after 4 of 5 runs.*stored"),
+    ):
+        kdlib.train_all(RECIPES, "cpu", executor=executor)
+    assert sorted(entry.recipe["seed"] for entry in store.stored()) == [1, 2, 3, 4]
+
+
+def test_a_pool_that_was_broken_or_shut_down_before_says_so() -> None:
+    with ProcessPoolExecutor(**pool()) as executor:
+        with pytest.raises(BrokenExecutor):
+            executor.submit(os._exit, 1).result()
+        with pytest.raises(RuntimeError, match=r"BrokenProcessPool.* after 0 of 5 runs"):
+            kdlib.train_all(RECIPES, "cpu", executor=executor)
+    closed = ThreadPoolExecutor(1)
+    closed.shutdown()
+    with pytest.raises(RuntimeError, match=r"after shutdown.* after 0 of 5 runs"):
+        kdlib.train_all(RECIPES, "cpu", executor=closed)
+
+
+def test_threads_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipes = [SMALL.replace(seed=seed, dropout=(0.2, 0.5)) for seed in range(8)]
+    with ThreadPoolExecutor(8) as executor:
+        there = kdlib.train_all(recipes, "cpu", executor=executor)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "other"))
+    here = kdlib.train_all(recipes, "cpu")
+    for mine, theirs in zip(here, there, strict=True):
+        assert mine.curves == theirs.curves
+        assert all(weight.equal(theirs.weights[name]) for name, weight in mine.weights.items())
+
+
 def test_dask_brings_every_run_once_though_a_worker_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +127,7 @@ def test_dask_brings_every_run_once_though_a_worker_is_killed(
         executor = client.get_executor()
         submit = executor.submit
         monkeypatch.setattr(executor, "submit", lambda *args: submit(die_once, *args))
-        runs = kdlib.train_all(RECIPES, "cpu", executor=executor)
+        got = kdlib.train_all(RECIPES, "cpu", executor=executor)
     assert deaths.exists()
-    assert [run.recipe for run in runs] == RECIPES
+    assert [run.recipe for run in got] == RECIPES
     assert len(written) == len(set(written)) == len(RECIPES)

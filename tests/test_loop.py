@@ -631,6 +631,13 @@ def test_predictions_come_batch_by_batch_and_without_gradients() -> None:
         ({"momentum": [0.1, 0.2]}, "momentum has 2 values"),
         ({"seed": [0, 1]}, "seed has 2 values: expected 1, one a run"),
         ({"jitter": [0, 1, 2]}, "jitter has 3 values: expected 1, one a run"),
+        ({"learning_rate": -0.1}, r"learning_rate is -0.1: expected numbers in \[0, ∞\)"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"momentum": 1.0}, r"momentum is 1.0: expected numbers in \[0, 1\)"),
+        ({"jitter": -1}, "jitter is -1: expected pixels from 0"),
+        ({"jitter": 28}, "jitter is 28: expected pixels from 0"),
+        ({"rows": torch.tensor([1, 120])}, "rows are .* to 120: expected int64, .* from 0 to 119"),
+        ({"rows": LABELS == 0}, "rows are torch.bool .*: expected int64"),
         ({"rows": [torch.arange(3)] * 2}, "rows has 2 values: expected 1, one a run"),
     ],
 )
@@ -640,12 +647,38 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"steps": -3}, {"epochs": 0}, {"batch_size": 0}, {"batch_size": -8}]
+    "settings",
+    [
+        {"steps": 0},
+        {"steps": -3},
+        {"steps": 2.5},
+        {"epochs": 0},
+        {"epochs": math.nan},
+        {"batch_size": 0},
+        {"batch_size": -8},
+        {"report_every": 0},
+        {"report_every": -1},
+        {"max_norm": 0},
+        {"max_norm": -1.0},
+    ],
 )
 def test_lengths_below_one_are_refused(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name} is {settings[name]}: expected"):
         loop.fit(network(), (IMAGES, LABELS), CE, **{"steps": 1} | settings)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, labels: nn.functional.cross_entropy(logits, labels, reduction="none"),
+        lambda logits, labels: CE(logits.detach(), labels),
+        lambda logits, labels: 1.0,
+    ],
+)
+def test_a_loss_that_is_no_mean_with_a_gradient_is_refused(loss: loop.Loss) -> None:
+    with pytest.raises(ValueError, match=r"the loss gave .*: expected a tensor of shape \(\)"):
+        loop.fit(network(), (IMAGES, LABELS), loss, steps=1)
 
 
 def test_no_rows_are_refused() -> None:
@@ -665,5 +698,12 @@ def test_data_that_do_not_belong_together_are_refused() -> None:
         loop.fit(network(), (IMAGES, LABELS[1:]), CE)
     with pytest.raises(ValueError, match=r"data have \[0, 0\] samples: .* above 0"):
         loop.fit(network(), (IMAGES[:0], LABELS[:0]), CE)
+    for wrong in (IMAGES, (IMAGES.numpy(), LABELS.numpy())):
+        with pytest.raises(ValueError, match=r"data hold .*: expected tensors, \(inputs, \*targ"):
+            loop.fit(network(), wrong, CE)
+    with pytest.raises(ValueError, match=r"data have \[\] samples"):
+        loop.fit(network(), (), CE)
+    with pytest.raises(ValueError, match="the MLP has no weights to train"):
+        loop.fit(network().requires_grad_(False), (IMAGES, LABELS), CE)
     with pytest.raises(ValueError, match=r"data are on meta, the model on cpu: expected one dev"):
         loop.fit(network(), (IMAGES.to("meta"), LABELS), CE)

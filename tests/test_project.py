@@ -131,7 +131,7 @@ def test_links_between_the_projects_files_lead_somewhere():
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")))
 def test_workflows_only_call_make_targets_that_exist(path):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for job in yaml.safe_load(path.read_text())["jobs"].values():
         for step in job["steps"]:
             for line in step.get("run", "make").splitlines():
@@ -229,6 +229,18 @@ def test_make_book_hands_profile_and_chapters_on(make):
     result, _ = make("-n", "book", "PROFILE=smoke", "CHAPTERS=03_temperature 05_first")
     assert "kdlib run --profile smoke 03_temperature 05_first\n" in result.stdout
     assert result.stdout.rstrip().endswith("kdlib build")
+
+
+def test_make_data_fetches_mnist(make):
+    assert "kdlib data mnist --fetch\n" in make("-n", "data")[0].stdout
+
+
+def test_gpu_workflow_records_what_the_full_book_measured(make):
+    text = (ROOT / ".github/workflows/gpu.yml").read_text()
+    steps = [step.get("run") for step in yaml.safe_load(text)["jobs"]["book"]["steps"]]
+    assert steps.index("make reference PROFILE=full") > steps.index("make book PROFILE=full")
+    said = make("-n", "reference", "PROFILE=full")[0].stdout
+    assert "kdlib reference record --profile full" in said
 
 
 def test_make_help_names_every_command(make):

@@ -118,6 +118,14 @@ def test_what_cannot_be_recorded_is_refused(store: Path, monkeypatch: pytest.Mon
     assert list(store.glob("clone/**/*.json")) == []
 
 
+def test_all_that_was_kept_is_recorded(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="no chapter has kept full results: `kdlib run"):
+        reference.kept("full")
+    for chapter in ("02_b", "01_a"):
+        reference.keep(chapter, "full", {})
+    assert reference.kept("full") == ["01_a", "02_b"]
+
+
 def test_a_rehearsal_keeps_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDLIB_PLAN", str(store / "ledger"))
     reference.keep(CHAPTER, "full", {"plain": kdlib.train_all([PLAIN], device="cpu")})

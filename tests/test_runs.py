@@ -205,6 +205,16 @@ def test_provenance_says_where_a_run_comes_from() -> None:
     assert origin.keys() >= {"device", "python", "kdlib", "date"}
 
 
+def test_one_bar_a_group_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    kdlib.train_all([small(seed=seed, epochs=30) for seed in range(3)], "cpu", stack=3)
+    said = capfd.readouterr().err
+    assert "mlp-16, 3 runs x 30 epochs" in said
+    assert all(f"{name}=" in said for name in ("train_loss", "train_accuracy", "test_errors"))
+
+
 def test_no_bar_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     kdlib.train_all([small(), student()], "cpu")
     assert capfd.readouterr() == ("", "")
@@ -358,17 +368,34 @@ def test_recipes_of_one_shape_are_cut_alike() -> None:
     assert len(group.cut([small(), student().replace(model="mlp-16")], CPU, 9)) == 2
 
 
+class TinyNet(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(-3), nn.Linear(64, 10))
+
+
 def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "memory", lambda recipe: 2**60)
+    monkeypatch.setattr(group, "memory", lambda *_: 2**60)
     with pytest.raises(MemoryError, match=r"'mlp-16' at batch_size=20 needs about .* GiB, more"):
         kdlib.train(small(), "cpu")
 
 
 def test_a_group_is_cut_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(group, "memory", lambda recipe: total // 5)  # two thirds hold three
+    monkeypatch.setattr(group, "memory", lambda *_: total // 5)  # two thirds hold three
     recipes = [small(seed=seed) for seed in range(7)]
     assert [len(members) for members in group.cut(recipes, CPU, 99)] == [3, 3, 1]
+
+
+def test_memory_is_that_of_the_recipes_own_data_and_precision() -> None:
+    """Images of another size, a network for them: the plan must not ask for 28 x 28."""
+    images, labels, test_images, test_labels = blobs()
+    data.register("tiny", lambda: (images[:, :8, :8], labels, test_images[:, :8, :8], test_labels))
+    models.register("tiny", TinyNet)
+    recipe = Recipe("tiny", dataset="tiny", steps=2, batch_size=8)
+    assert kdlib.train(recipe, "cpu").metrics["status"] == "ok"
+    single, double = (group.memory(small(precision=p), CPU) for p in ("fp32", "fp64"))
+    assert single < double <= 2 * single
+    assert group.memory(recipe, CPU) < single
 
 
 DIFFERENT = {
@@ -551,6 +578,15 @@ def test_bug_tensorboard_scalars_under_one_tag_and_one_step(tmp_path: Path) -> N
             assert [scalar.step for scalar in scalars] == run.curves["step"]
             values = [scalar.value for scalar in scalars]
             np.testing.assert_allclose(values, run.curves[name], rtol=1e-6)
+
+
+def test_without_tensorboard_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[float]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"log_dir needs TensorBoard.*pip install"):
+        kdlib.train(small(), "cpu", tmp_path)
+    assert trained == []
 
 
 def test_a_stored_run_is_logged_too(tmp_path: Path) -> None:
@@ -840,7 +876,8 @@ def test_a_checkpoint_from_other_code_is_left_alone(
     assert process_ends == [-signal.SIGKILL]
     with monkeypatch.context() as patch:
         patch.setattr(runs, "code_digest", lambda: "other code")
-        kdlib.train(INTERRUPTED["alone"][0][0], "cpu")
+        with pytest.warns(UserWarning, match=r"other training code.*not used.*runs --prune"):
+            kdlib.train(INTERRUPTED["alone"][0][0], "cpu")
     assert len(trained) == 60
     assert len(store.unfinished()) == 1  # it is the old code's, which may come back
     kdlib.train(INTERRUPTED["alone"][0][0], "cpu")
