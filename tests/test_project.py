@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import kdlib
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
@@ -121,6 +123,17 @@ def test_readme_links_every_chapter():
     readme = (ROOT / "README.md").read_text()
     linked = re.findall(r"\]\((book/\d\d_\w+\.ipynb)\)", readme)
     assert sorted(set(linked)) == [f"book/{path.name}" for path in NOTEBOOKS]
+
+
+def test_the_readmes_lines_train_what_they_show(tmp_path, monkeypatch):
+    """As they stand, but on the sample: every run learns, none diverges."""
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = {}
+    exec(lines.replace("epochs=", 'dataset="mnist-5k", epochs='), found)
+    made = kdlib.train_all([found["teacher"], found["student"], found["distilled"]])
+    assert [run.metrics["status"] for run in made] == ["ok"] * 3
+    assert all(run.cached and run.metrics["test_accuracy"] > 0.85 for run in made)
 
 
 def test_links_between_the_projects_files_lead_somewhere():
@@ -436,8 +449,8 @@ def test_setup_cell_names_the_address_in_pyproject():
 def test_setup_cell_installs_from_the_repository_and_keeps_torch(bare_python, clone, tmp_path):
     folder = tmp_path / "elsewhere"
     (folder / "kdlib").mkdir(parents=True)  # a folder of that name is not the library
-    kdlib, torch, torch_version = where_kdlib_comes_from(bare_python, folder, clone.as_uri())
-    assert Path(kdlib).is_relative_to(bare_python.parents[1])
+    library, torch, torch_version = where_kdlib_comes_from(bare_python, folder, clone.as_uri())
+    assert Path(library).is_relative_to(bare_python.parents[1])
     assert not Path(torch).is_relative_to(bare_python.parents[1])
     assert torch_version == version("torch")
 
@@ -466,5 +479,5 @@ def test_setup_cell_never_replaces_torch(bare_python, clone, tmp_path):
 def test_setup_cell_uses_the_clone_around_the_notebook(bare_python, clone, inside):
     folder = clone / inside
     folder.mkdir(parents=True, exist_ok=True)
-    kdlib, *_ = where_kdlib_comes_from(bare_python, folder, "file:///no/such/repository")
-    assert Path(kdlib) == clone / "kdlib/__init__.py"
+    library, *_ = where_kdlib_comes_from(bare_python, folder, "file:///no/such/repository")
+    assert Path(library) == clone / "kdlib/__init__.py"

@@ -517,6 +517,14 @@ def test_a_constant_prediction_is_a_divergence_and_a_dead_class_is_none() -> Non
     assert 3 not in dead.logits("test").argmax(-1)
 
 
+def test_a_loss_that_is_not_finite_is_a_divergence_whatever_the_answers() -> None:
+    recipe, dataset = small(), data.load("blobs", "cpu")
+    network = kdlib.train(recipe, "cpu").model()
+    for last, status in ((math.inf, "diverged"), (math.nan, "diverged"), (0.5, "ok")):
+        curves = {"train_loss": [0.7, last]}
+        assert group._metrics(network, recipe, dataset, dataset.full, curves)["status"] == status
+
+
 def test_one_class_alone_is_no_divergence() -> None:
     run = kdlib.train(small(omit=tuple(range(1, 10)), steps=20), "cpu")
     assert run.metrics["status"] == "ok"
