@@ -9,7 +9,12 @@ Four lines: a teacher, a student, both trained, the test errors read.
 """
 
 import importlib
+import os
 from types import ModuleType
+
+# Before PyTorch is loaded: OpenMP's idle threads sleep. Threads that spin take the core from
+# those that work as soon as a machine is shared, and a step takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from kdlib import data, evaluate, losses, models, plan
 from kdlib.loop import Stack, fit
