@@ -26,8 +26,9 @@ book: env ## execute the chapters and render _build/html/index.html
 	$(BIN)/kdlib run --profile $(PROFILE) $(CHAPTERS)
 	$(BIN)/kdlib build
 
-reference: env ## record what the full book has measured in book/reference
+reference: env ## record the results of PROFILE in book/reference, and in the README
 	$(BIN)/kdlib reference record --profile $(PROFILE) $(CHAPTERS)
+	$(BIN)/python tools/readme.py
 
 site: env ## render again what has been executed
 	$(BIN)/kdlib build
