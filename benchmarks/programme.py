@@ -36,8 +36,8 @@ class Scale:
     batches: tuple[int, ...] = (64, 256)
     teacher_epochs: float = 2
     turns: int = 5  # and one more, to warm up
-    samples: int = 60_000
-    group_samples: int = 19_200  # likewise, in sweeps and in stacks of growing size
+    samples: int = 30_000
+    group_samples: int = 9_600  # likewise, in sweeps and in stacks of growing size
     stack: int = 4
     sweep: int = 32
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)

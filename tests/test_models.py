@@ -1,5 +1,9 @@
 """The networks: their shapes, their names, and the mistakes that public code makes in them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -144,3 +148,14 @@ def test_bug_a_relu_on_the_logits() -> None:
         network.zero_grad()
         losses.cross_entropy(network(IMAGES), torch.full((6,), 3)).backward()
         assert bool(network.classifier[1].weight.grad[3].any()) is learns  # dead is dead
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_threads_spin_for_a_short_while_unless_told_otherwise(given: str | None) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment |= {"GOMP_SPINCOUNT": given} if given else {}
+    code = "import os, kdlib; print(os.environ['GOMP_SPINCOUNT'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (given or "20000")
