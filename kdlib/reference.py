@@ -137,10 +137,10 @@ def describe(chapter: str, profile: str = "full") -> str:
     content = _read(path(chapter, profile))
     runs = [line for lines in content["rows"].values() for line in lines]
     last = max(runs, key=lambda line: str(line["provenance"]["date"]))["provenance"]
-    hours = sum(line["seconds"] for line in runs) / 3600
+    minutes = sum(line["seconds"] for line in runs) / 60
     name = "reference" if profile == "full" else profile
     return (
-        f"The {name} run: {len(runs)} trainings in {hours:.2g} hours on {last['device']}, "
+        f"The {name} run: {len(runs)} trainings in {minutes:,.0f} minutes on {last['device']}, "
         f"PyTorch {last['torch']}, {last['date'][:10]}, commit {content['commit'][:10]}."
     )
 

@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import kdlib
+from kdlib import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,7 +35,7 @@ def load_tool(name):
     return module
 
 
-normalise = load_tool("normalise")
+normalise, readme = load_tool("normalise"), load_tool("readme")
 
 
 # --- what the files say of each other ----------------------------------------------------
@@ -134,6 +135,25 @@ def test_the_readmes_lines_train_what_they_show(tmp_path, monkeypatch):
     made = kdlib.train_all([found["teacher"], found["student"], found["distilled"]])
     assert [run.metrics["status"] for run in made] == ["ok"] * 3
     assert all(run.cached and run.metrics["test_accuracy"] > 0.85 for run in made)
+
+
+def test_readme_shows_what_is_recorded_and_nothing_else(tmp_path, monkeypatch, capsys):
+    assert readme.main(["--check"]) == 0
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(text.replace(" (3) |", " (4) |", 1), encoding="utf-8")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert readme.main(["--check"]) == 1
+    assert "README.md is not what is recorded" in capsys.readouterr().out
+
+
+def test_readme_prefers_the_reference_run(monkeypatch):
+    rows = readme.recorded()[1]
+    found = {"full": rows, "quick": {}}
+    monkeypatch.setattr(reference, "results", lambda chapter, profile: found[profile])
+    assert readme.recorded() == ("full", rows)
+    monkeypatch.setattr(reference, "results", lambda chapter, profile: None)
+    with pytest.raises(FileNotFoundError, match="make book"):
+        readme.recorded()
 
 
 def test_links_between_the_projects_files_lead_somewhere():
