@@ -7,7 +7,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +20,8 @@ from kdlib import data, loop, losses, models
 from kdlib.recipe import Recipe
 
 Teachers = Mapping[Recipe, nn.Module]
+_answered: MutableMapping[nn.Module, MutableMapping[data.Split, Tensor]]
+_answered = weakref.WeakKeyDictionary()
 _SHAPE = (
     "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
 )  # fmt: skip
@@ -222,10 +225,18 @@ def _lesson(
         committees = [_Committee([teachers[t] for t in recipe.teacher]) for recipe in group]
         return [], committees[0] if len(group) == 1 else loop.Stack(committees), loss
     asked = dict.fromkeys(teacher for recipe in group for teacher in recipe.teacher)
-    with loop.settings("fp32", device):
-        known = {t: loop.predict(teachers[t], samples.images).float() for t in asked}
+    known = {t: _answers(teachers[t], samples, device) for t in asked}
     taught = [torch.stack([known[t] for t in recipe.teacher]).mean(0) for recipe in group]
     return [_one(taught)], None, loss
+
+
+def _answers(teacher: nn.Module, samples: data.Split, device: torch.device) -> Tensor:
+    """A teacher's logits on all samples, computed once for all the groups that it teaches."""
+    known = _answered.setdefault(teacher, weakref.WeakKeyDictionary())
+    if samples not in known:
+        with loop.settings("fp32", device):
+            known[samples] = loop.predict(teacher, samples.images).float()
+    return known[samples]
 
 
 def _field(group: Sequence[Recipe], name: str) -> Any:

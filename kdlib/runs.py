@@ -7,7 +7,8 @@ import inspect
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,9 +290,16 @@ def _run(
     return Run(recipe, **fields, weights=weights, cached=cached, device=device)
 
 
+_teaching: MutableMapping[Run, nn.Module] = weakref.WeakKeyDictionary()
+
+
 def _networks(members: Sequence[Recipe], made: dict[Recipe, Run]) -> group.Teachers:
+    """The teachers' networks: one a run, kept for all groups, so that it answers but once."""
     asked = dict.fromkeys(teacher for recipe in members for teacher in recipe.teacher)
-    return {teacher: made[teacher].model() for teacher in asked}
+    for teacher in asked:
+        if made[teacher] not in _teaching:
+            _teaching[made[teacher]] = made[teacher].model()
+    return {teacher: _teaching[made[teacher]] for teacher in asked}
 
 
 def key(recipe: Recipe, device: torch.device) -> str:

@@ -973,3 +973,28 @@ def test_of_two_processes_that_want_one_run_one_trains() -> None:
     here = kdlib.train(small(**MIXED), "cpu")
     assert here.cached
     np.testing.assert_array_equal(here.weights["layers.2.bias"], first[2]["layers.2.bias"])
+
+
+def test_a_teacher_answers_once_for_all_students_of_a_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teacher, scored = small(), []
+    predict = loop.predict
+
+    def counted(model: nn.Module, inputs: Tensor, *rest: Any) -> Tensor:
+        scored.append((len(next(model.parameters())), len(inputs)))  # hidden units, samples
+        return predict(model, inputs, *rest)
+
+    students = [
+        small("mlp-8", seed=seed).distil(teacher, temperature=temperature)
+        for seed in range(2)
+        for temperature in (2, 4)
+    ]
+    kdlib.train(teacher, "cpu")
+    alone = [run.weights for run in (kdlib.train(student, "cpu") for student in students[:1])]
+    store.prune([entry.key for entry in store.stored() if entry.recipe["teacher"]])
+    monkeypatch.setattr(loop, "predict", counted)
+    runs = kdlib.train_all(students, "cpu", stack=1)
+    everything = len(data.load("blobs", "cpu").full)
+    assert scored.count((16, everything)) == 1  # else once a student
+    assert all(torch.equal(alone[0][name], weight) for name, weight in runs[0].weights.items())
