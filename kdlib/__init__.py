@@ -12,9 +12,9 @@ import importlib
 import os
 from types import ModuleType
 
-# Before PyTorch is loaded: GNU OpenMP's idle threads spin for a tenth of a millisecond, not for
-# ten. Threads that spin longer take the core from those that work as soon as a machine is
-# shared: a step then took 5 to 30 times as long. Ones that never spin wake too late.
+# Before PyTorch is loaded: GNU OpenMP's idle threads spin a fifteenth as often as by default.
+# On a shared machine, threads that spin take the core from those that work: a step of a small
+# network was measured at up to 30 times its length. Threads that never spin wake too late.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from kdlib import data, evaluate, losses, models, plan
