@@ -209,7 +209,7 @@ def _header(scale: Scale, device: str) -> Record:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "gpu": cuda,
-            "processor": _processor(),
+            "processor": group.processor(),
             "cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.machine()}",
@@ -227,14 +227,6 @@ def _close(record: Record, save: Callable[[Record], None]) -> Record:
     record["seconds"] += time.time()
     save(record)
     return record
-
-
-def _processor() -> str:
-    """The processor's name, as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def write(path: Path, text: str) -> None:

@@ -7,11 +7,11 @@ import os
 import platform
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from kdlib import data, loop, losses, models
 from kdlib.recipe import Recipe
 
-Teachers = Mapping[Recipe, nn.Module]
-_answered: MutableMapping[nn.Module, MutableMapping[data.Split, Tensor]]
-_answered = weakref.WeakKeyDictionary()
 _SHAPE = (
     "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
 )  # fmt: skip
+
+
+class Teacher(Protocol):
+    """Whom a group learns from: a trained network, and its answers, which it remembers."""
+
+    def model(self) -> nn.Module: ...
+    def logits(self, split: str, dataset: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _capacity(recipe: Recipe, device: torch.device) -> int:
 def train(
     group: Sequence[Recipe],
     device: torch.device,
-    teachers: Teachers,
+    teachers: Mapping[Recipe, Teacher],
     resume: dict[str, Any] | None = None,
     on_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[Trained]:
@@ -150,7 +154,7 @@ def train(
     chosen = [rows(recipe, device) for recipe in group]
     networks = [build(recipe).to(device) for recipe in group]
     model = networks[0] if len(group) == 1 else loop.Stack(networks)
-    taught, teacher, loss = _lesson(group, device, teachers, samples)
+    taught, teacher, loss = _lesson(group, device, teachers)
     precision = loop.effective(first.precision, device)
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
     length = steps(first, device)
@@ -206,7 +210,7 @@ class _Committee(nn.Module):
 
 
 def _lesson(
-    group: Sequence[Recipe], device: torch.device, teachers: Teachers, samples: data.Split
+    group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
 ) -> tuple[list[Any], nn.Module | None, loop.Loss]:
     """What a group learns from: further targets, a teacher for each batch, the loss."""
     if not group[0].teacher:
@@ -222,21 +226,11 @@ def _lesson(
         )
 
     if any(recipe.jitter for recipe in group):  # inputs change: ask the teacher each time
-        committees = [_Committee([teachers[t] for t in recipe.teacher]) for recipe in group]
+        committees = [_Committee([teachers[t].model() for t in r.teacher]) for r in group]
         return [], committees[0] if len(group) == 1 else loop.Stack(committees), loss
-    asked = dict.fromkeys(teacher for recipe in group for teacher in recipe.teacher)
-    known = {t: _answers(teachers[t], samples, device) for t in asked}
-    taught = [torch.stack([known[t] for t in recipe.teacher]).mean(0) for recipe in group]
+    samples = "train" if group[0].validation else "full", group[0].dataset
+    taught = [torch.stack([teachers[t].logits(*samples) for t in r.teacher]).mean(0) for r in group]
     return [_one(taught)], None, loss
-
-
-def _answers(teacher: nn.Module, samples: data.Split, device: torch.device) -> Tensor:
-    """A teacher's logits on all samples, computed once for all the groups that it teaches."""
-    known = _answered.setdefault(teacher, weakref.WeakKeyDictionary())
-    if samples not in known:
-        with loop.settings("fp32", device):
-            known[samples] = loop.predict(teacher, samples.images).float()
-    return known[samples]
 
 
 def _field(group: Sequence[Recipe], name: str) -> Any:
@@ -287,7 +281,7 @@ def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """Where a run comes from: device, versions, threads, date. No part of its key."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -295,6 +289,14 @@ def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
         "kdlib": importlib.metadata.version("kdlib"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    path = Path("/proc/cpuinfo")  # Linux; others tell Python
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

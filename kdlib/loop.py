@@ -47,7 +47,7 @@ class Stack(nn.Module):
         if buffers:
             raise ValueError(
                 f"{type(networks[0]).__name__} has buffers ({', '.join(buffers)}), which a "
-                "stack would mix up: train such networks one at a time"
+                "stack would mix up: train such networks one at a time (stack=1)"
             )
         self.names = list(weights)
         self.weights = nn.ParameterList(weights.values())
@@ -332,7 +332,7 @@ class _Source:
         """The inputs, as the network takes them, and the targets of some samples."""
         run = None if self.runs is None else torch.arange(self.runs, device=self.device)[:, None]
         inputs, *targets = (
-            tensor[index] if shared else tensor[run, index]
+            _rows(tensor, index) if shared else tensor[run, index]
             for tensor, shared in zip(self.tensors, self.shared, strict=True)
         )
         if shifts is not None:
@@ -340,6 +340,11 @@ class _Source:
             inputs = flat.view_as(inputs)
         cast = [part.to(self.dtype) if part.is_floating_point() else part for part in targets]
         return _prepared(inputs, self.dtype), cast
+
+
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """tensor[index]; for images of uint8 on a CPU in a tenth of the time."""
+    return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
 
 
 def _prepared(inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -382,20 +387,25 @@ def _descent(
 ) -> Callable[[Sequence[Tensor], Tensor], None]:
     """Nesterov's step: v <- μ v + g, w <- w - (g + μ v); g has the learning rate in it.
 
-    With one constant momentum that is PyTorch's fused SGD; else each run has its own.
+    With one constant momentum that is the kernel of PyTorch's fused SGD, called without its
+    optimiser (0.1 ms a step); else each run has its own.
     """
     values = set(masses.flatten().tolist())
-    if len(values) == 1 and schedule != "classic":
-        (momentum,) = values
-        sgd = torch.optim.SGD(weights, lr=1.0, momentum=momentum, nesterov=momentum > 0, fused=True)
-        for weight, buffer in zip(weights, velocity, strict=True):
-            sgd.state[weight]["momentum_buffer"] = buffer
+    if schedule != "classic" and len(values) == 1 and (momentum := values.pop()) > 0:
 
         def fused(gradients: Sequence[Tensor], mass: Tensor) -> None:
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient.contiguous()  # the fused kernel takes no strides
-            sgd.step()
-            sgd.zero_grad()
+            torch._fused_sgd_(
+                weights,
+                [gradient.contiguous() for gradient in gradients],  # it takes no strides
+                velocity,
+                lr=1.0,
+                momentum=momentum,
+                nesterov=True,
+                dampening=0.0,
+                weight_decay=0.0,
+                maximize=False,
+                is_first_step=False,
+            )
 
         return fused
 

@@ -7,10 +7,9 @@ import inspect
 import threading
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class Run:
     weights: dict[str, Tensor]
     cached: bool
     device: torch.device
-    _logits: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _logits: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
 
     def model(self) -> nn.Module:
         """The network, in eval mode, on the device that `train` was given."""
@@ -51,16 +50,20 @@ class Run:
         network.load_state_dict(self.weights)
         return network.to(self.device).eval()
 
-    def logits(self, split: str = "test") -> Tensor:
-        """The logits (N, classes), float32, of a split: train, validation, full or test."""
+    def logits(self, split: str = "test", dataset: str | None = None) -> Tensor:
+        """The logits (N, classes), float32, on a split: train, validation, full or test.
+
+        dataset: its name, by default that of the recipe. They are computed once.
+        """
         splits = ("train", "validation", "full", "test")
         if split not in splits:
             raise ValueError(f"unknown split {split!r}: expected one of {', '.join(splits)}")
-        if split not in self._logits:
-            part: data.Split = getattr(data.load(self.recipe.dataset, self.device), split)
+        asked = (split, dataset or self.recipe.dataset)
+        if asked not in self._logits:
+            part: data.Split = getattr(data.load(asked[1], self.device), split)
             with loop.settings("fp32", self.device):
-                self._logits[split] = loop.predict(self.model(), part.images).float()
-        return self._logits[split]
+                self._logits[asked] = loop.predict(self.model(), part.images).float()
+        return self._logits[asked]
 
 
 def train(
@@ -174,8 +177,7 @@ def _train_here(
             store.save_checkpoint(names, state | {"recipes": [r.key for r in members]})
             saved = time.monotonic()
 
-    teachers = _networks(members, made)
-    trained = group.train(members, device, teachers, store.load_checkpoint(names), on_state)
+    trained = group.train(members, device, made, store.load_checkpoint(names), on_state)
     runs: list[Run | None] = []
     for recipe, name, result in zip(members, names, trained, strict=True):
         runs.append(_keep(recipe, name, result, device))
@@ -196,7 +198,7 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
         failure: Exception | None = None
         for members in group.cut(missing, device, stack):
             taught = {
-                teacher: {name: w.cpu() for name, w in made[teacher].weights.items()}
+                teacher: replace(made[teacher], _logits={})  # too much to send
                 for recipe in members
                 for teacher in recipe.teacher
             }
@@ -247,18 +249,11 @@ def _rehearse(ledger: Path, stack: int | None) -> Work:
 
 
 def _train_there(
-    members: Sequence[Recipe], device: str, taught: dict[Recipe, dict[str, Tensor]]
+    members: Sequence[Recipe], device: str, taught: dict[Recipe, Run]
 ) -> list[group.Trained]:
     """In a worker: train a group; nothing is written there."""
-    where = data.resolve_device(device)
-    teachers = {}
-    for teacher, weights in taught.items():
-        with _ONE_AT_A_TIME:
-            teachers[teacher] = group.build(teacher)
-        teachers[teacher].load_state_dict(weights)
-        teachers[teacher].to(where).eval()
     with _ONE_AT_A_TIME:
-        return group.train(members, where, teachers)
+        return group.train(members, data.resolve_device(device), taught)
 
 
 def _keep(recipe: Recipe, name: str, result: group.Trained, device: torch.device) -> Run:
@@ -288,18 +283,6 @@ def _run(
 ) -> Run:
     fields = {name: record[name] for name in ("metrics", "curves", "seconds", "provenance")}
     return Run(recipe, **fields, weights=weights, cached=cached, device=device)
-
-
-_teaching: MutableMapping[Run, nn.Module] = weakref.WeakKeyDictionary()
-
-
-def _networks(members: Sequence[Recipe], made: dict[Recipe, Run]) -> group.Teachers:
-    """The teachers' networks: one a run, kept for all groups, so that it answers but once."""
-    asked = dict.fromkeys(teacher for recipe in members for teacher in recipe.teacher)
-    for teacher in asked:
-        if made[teacher] not in _teaching:
-            _teaching[made[teacher]] = made[teacher].model()
-    return {teacher: _teaching[made[teacher]] for teacher in asked}
 
 
 def key(recipe: Recipe, device: torch.device) -> str:
