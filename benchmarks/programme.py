@@ -20,7 +20,7 @@ import torch
 import kdlib
 from benchmarks import limit, turns
 from benchmarks.systems import PEERS, Job, Task, network
-from kdlib import data, group, loop, losses
+from kdlib import data, group, loop, losses, store
 
 LENET = Task("lenet", "lenet-half", 64)
 PLAIN = Task("mlp-1200x1200", "mlp-800x800", 64)
@@ -229,18 +229,9 @@ def _close(record: Record, save: Callable[[Record], None]) -> Record:
     return record
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file beside and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def save_to(path: Path) -> Callable[[Record], None]:
     """A function that keeps a record in a file."""
-    return lambda record: write(path, json.dumps(record, indent=1) + "\n")
+    return lambda record: store.put(path, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def noise(comparison: Record) -> tuple[float, float, int]:

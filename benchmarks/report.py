@@ -1,6 +1,5 @@
 """A record as Markdown and as a figure: every number on the page is computed here."""
 
-import io
 import json
 import math
 import statistics
@@ -8,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.programme import Record, noise, write
+from benchmarks.programme import Record, noise
 from benchmarks.systems import PEERS
+from kdlib import store
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -24,9 +24,9 @@ def render(results: Path = RESULTS, pages: Path = PAGES) -> None:
     for device in ORDERED:
         path = results / f"{device}.json"
         record = json.loads(path.read_text()) if path.is_file() else None
-        write(pages / f"{device}.md", page(record, device))
+        store.put(pages / f"{device}.md", page(record, device).encode())
         if record is not None:
-            write(pages / f"{device}.svg", figure(record))
+            store.put(pages / f"{device}.svg", figure(record).encode())
 
 
 def page(record: Record | None, device: str) -> str:
@@ -251,31 +251,27 @@ def figure(record: Record) -> str:
     from kdlib import plots
 
     plots.use()
-    with plt.rc_context({"svg.hashsalt": "benchmark", "svg.fonttype": "none"}):
-        canvas, axes = plt.subplots(figsize=(6.4, 3.8))
-        colours = [plots.COLOURS[name] for name in ("other", "amber", "light")]
-        for group, colour in zip(record["groups"], colours, strict=False):
-            rows = [row for row in group["rows"] if row["system"] == "kdlib" and not row["failure"]]
-            if not rows:
-                continue
-            runs = [row["runs"] for row in rows]
-            times = [1000 * row["step_seconds"] for row in rows]
-            axes.plot(runs, times, marker="o", color=colour)
-            label = f"{group['task']['student']}, {rows[0]['precision']}"
-            axes.annotate(
-                label, (runs[-1], times[-1]), (0, 7), textcoords="offset points",
-                color=colour, ha="right",
-            )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="runs in the stack", ylabel="ms a step and run")
-        sizes = record["scale"]["sizes"]
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        drawn = io.StringIO()
-        canvas.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(canvas)
-    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n"
+    canvas, axes = plt.subplots(figsize=(6.4, 3.8))
+    colours = [plots.COLOURS[name] for name in ("other", "amber", "light")]
+    for group, colour in zip(record["groups"], colours, strict=False):
+        rows = [row for row in group["rows"] if row["system"] == "kdlib" and not row["failure"]]
+        if not rows:
+            continue
+        runs = [row["runs"] for row in rows]
+        times = [1000 * row["step_seconds"] for row in rows]
+        axes.plot(runs, times, marker="o", color=colour)
+        label = f"{group['task']['student']}, {rows[0]['precision']}"
+        axes.annotate(
+            label, (runs[-1], times[-1]), (0, 7), textcoords="offset points",
+            color=colour, ha="right",
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="runs in the stack", ylabel="ms a step and run")
+    sizes = record["scale"]["sizes"]
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    return plots.svg(canvas)
 
 
 def _figure_block(record: Record, device: str) -> str:

@@ -1,5 +1,6 @@
 """The book's one figure style, and its few recurring figures."""
 
+import io
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -45,3 +46,12 @@ def digits(axes: Any, images: Tensor, titles: list[str] | None = None) -> None:
         axis.set_axis_off()
         if titles:
             axis.set_title(titles[number], fontsize=9)
+
+
+def svg(figure: Any) -> str:
+    """A figure as SVG, the same text each time, and closed."""
+    drawn = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "kdlib", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n"

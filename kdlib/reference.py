@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from kdlib import data, plan
+from kdlib import data, plan, store
 from kdlib.evaluate import spread
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, code_digest
@@ -153,14 +152,11 @@ def _draft(chapter: str, profile: str) -> Path:
 
 
 def _write(place: Path, content: dict[str, Any]) -> Path:
-    """Beside, then renamed into place: a run a line, so that changes can be read."""
+    """With a digest of all that is in it, which `_read` checks."""
     content = {key: value for key, value in content.items() if key != "digest"}
     content["digest"] = _digest(content)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, place)
+    store.put(place, f"{text}\n".encode())
     return place
 
 

@@ -38,6 +38,19 @@ class Entry:
     status: str
 
 
+def put(path: Path, content: bytes) -> None:
+    """Write a file beside and rename it into place. Nothing is left where that fails."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _flush(beside, content)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
 def folder() -> Path:
     """Where the runs live: `runs` in `data.home()`."""
     return data.home() / "runs"
@@ -54,8 +67,8 @@ def write(key: str, record: dict[str, Any], weights: Weights) -> None:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _put(beside / "weights.safetensors", content)
-        _put(beside / "run.json", text.encode())
+        _flush(beside / "weights.safetensors", content)
+        _flush(beside / "run.json", text.encode())
         shutil.rmtree(folder() / key, ignore_errors=True)  # a damaged one, if any
         os.replace(beside, folder() / key)
     except OSError as error:
@@ -144,16 +157,11 @@ def locked(keys: Sequence[str]) -> Iterator[None]:
 def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
     """Keep the state of an unfinished group, in place of its last one."""
     path = _checkpoint(keys)
-    beside = path.with_suffix(".new")
+    content = io.BytesIO()
+    torch.save({"keys": list(keys), "snapshot": snapshot}, content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        torch.save({"keys": list(keys), "snapshot": snapshot}, content)
-        _put(beside, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            beside.unlink()
+        put(path, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+    except OSError as error:
         raise StoreError(
             f"cannot write a checkpoint to {path.parent} ({error}): make room, or set "
             "KDLIB_HOME to another folder; the last checkpoint stays"
@@ -197,7 +205,7 @@ def _checkpoint(keys: Sequence[str]) -> Path:
     return folder() / ".checkpoints" / f"{name}.pt"
 
 
-def _put(path: Path, content: bytes) -> None:
+def _flush(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()

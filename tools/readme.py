@@ -7,13 +7,12 @@ the run of its quick profile. Nothing between the markers is typed by hand.
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any, cast
 
-from kdlib import reference
+from kdlib import reference, store
 from kdlib.evaluate import spread
 from kdlib.reference import Recorded
 
@@ -55,8 +54,6 @@ def table(profile: str, rows: Rows) -> str:
 
 def picture(rows: Rows) -> str:
     """Every training as a dot, the paper's value as a triangle, as SVG."""
-    import io
-
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,20 +62,16 @@ def picture(rows: Rows) -> str:
     from kdlib import plots
 
     plots.use()
-    with plt.rc_context({"svg.hashsalt": "results", "svg.fonttype": "none"}):
-        canvas, axes = plt.subplots(figsize=(7, 2.6))
-        for height, (name, (_, paper, colour)) in enumerate(NETWORKS.items()):
-            errors = [run.metrics["test_errors"] for run in rows[name]]
-            axes.plot(errors, [height] * len(errors), "o", color=plots.COLOURS[colour], alpha=0.6)
-            axes.plot(paper, height + 0.3, "v", color="black")
-            axes.annotate(f"paper {paper}", (paper, height + 0.42), ha="center")
-        axes.set(yticks=range(3), yticklabels=list(NETWORKS), ylim=(-0.4, 2.9))
-        axes.set_xlabel("errors on MNIST's 10,000 test digits (a dot a training)")
-        axes.margins(x=0.1)
-        drawn = io.StringIO()
-        canvas.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(canvas)
-    return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines()) + "\n"
+    canvas, axes = plt.subplots(figsize=(7, 2.6))
+    for height, (name, (_, paper, colour)) in enumerate(NETWORKS.items()):
+        errors = [run.metrics["test_errors"] for run in rows[name]]
+        axes.plot(errors, [height] * len(errors), "o", color=plots.COLOURS[colour], alpha=0.6)
+        axes.plot(paper, height + 0.3, "v", color="black")
+        axes.annotate(f"paper {paper}", (paper, height + 0.42), ha="center")
+    axes.set(yticks=range(3), yticklabels=list(NETWORKS), ylim=(-0.4, 2.9))
+    axes.set_xlabel("errors on MNIST's 10,000 test digits (a dot a training)")
+    axes.margins(x=0.1)
+    return plots.svg(canvas)
 
 
 def filled(readme: str, profile: str, rows: Rows) -> str:
@@ -90,13 +83,6 @@ def filled(readme: str, profile: str, rows: Rows) -> str:
     if found != 1:
         raise ValueError("README.md has no one block <!-- results --> … <!-- /results -->")
     return new
-
-
-def write(path: Path, text: str) -> None:
-    """Write beside, then rename into place."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,8 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         if new != old:
             print("README.md is not what is recorded: python tools/readme.py")
         return int(new != old)
-    write(path, new)
-    write(ROOT / PICTURE, picture(rows))
+    store.put(path, new.encode())
+    store.put(ROOT / PICTURE, picture(rows).encode())
     return 0
 
 
