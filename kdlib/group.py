@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import math
+import multiprocessing
 import os
 import platform
 import sys
@@ -228,9 +229,13 @@ def _lesson(
     if any(recipe.jitter for recipe in group):  # inputs change: ask the teacher each time
         committees = [_Committee([teachers[t].model() for t in r.teacher]) for r in group]
         return [], committees[0] if len(group) == 1 else loop.Stack(committees), loss
-    samples = "train" if group[0].validation else "full", group[0].dataset
-    taught = [torch.stack([teachers[t].logits(*samples) for t in r.teacher]).mean(0) for r in group]
-    return [_one(taught)], None, loss
+    return [_one([answers(recipe, teachers) for recipe in group])], None, loss
+
+
+def answers(recipe: Recipe, teachers: Mapping[Recipe, Teacher]) -> Tensor:
+    """The mean of the logits of a recipe's teachers, for the samples that it trains on."""
+    samples = "train" if recipe.validation else "full", recipe.dataset
+    return torch.stack([teachers[teacher].logits(*samples) for teacher in recipe.teacher]).mean(0)
 
 
 def _field(group: Sequence[Recipe], name: str) -> Any:
@@ -305,7 +310,8 @@ def _progress(group: Sequence[Recipe], epochs: float) -> Iterator[Callable[[loop
     from tqdm import tqdm  # a bare machine measures without it
 
     name = f"{group[0].model}, {len(group)} run{'s'[: len(group) > 1]} x {epochs:.3g} epochs"
-    with tqdm(desc=name, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+    quiet = not sys.stderr.isatty() or multiprocessing.parent_process() is not None
+    with tqdm(desc=name, unit="step", disable=quiet, leave=False) as bar:
 
         def show(state: loop.State) -> None:
             bar.total = state.steps * len(group)

@@ -31,6 +31,7 @@ Loss = Callable[..., Tensor]
 Curves = dict[str, list[Any]]  # "step" and, report by report, a value (for a Stack a list)
 PRECISIONS = ("fp32", "bf16", "tf32", "fp64")
 BLOCK = 512  # steps whose samples are drawn at once
+REPORTS = 10  # at most, unless asked for: testing a small network takes as long as training it
 
 
 class Stack(nn.Module):
@@ -131,7 +132,7 @@ def fit(
     logits on the batch come last among the loss's arguments, for inputs that change.
     rows: int64, the samples to train on. learning_rate, momentum, jitter, rows and seed may
     be sequences, one value a run. evaluate: name -> (inputs, labels), counted at each
-    report, by default after each epoch, or 20 times where there are more.
+    report, by default after each epoch, or 10 times where there are more.
     precision: one of `PRECISIONS`; bf16 is fp32 on a processor that is slow at it.
     Returns the curves: "step", "train_loss", "train_accuracy" where the first target is
     labels, "<name>_errors". Ends early once no run has a finite loss.
@@ -153,7 +154,7 @@ def fit(
     source = _Source(model, data, rows, seed, jitter, batch_size)
     steps = steps or max(1, round(epochs * source.sizes[0] / batch_size))
     epoch = math.ceil(source.sizes[0] / batch_size)
-    report_every = report_every or max(epoch, math.ceil(steps / 20))
+    report_every = report_every or max(epoch, math.ceil(steps / REPORTS))
     weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     state = State(model, [torch.zeros_like(weight) for weight in weights], 0, steps, {})
     rates, masses = source.per_run(learning_rate=learning_rate, momentum=momentum)

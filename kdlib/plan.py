@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdlib import group, loop
+from kdlib import beside, group, loop
 from kdlib.recipe import Recipe
 
 _TIMED = 30  # steps that an estimate is made from, and the most of a reader's own loop
@@ -43,26 +43,31 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(first.values())
 
 
-def untrained(members: Sequence[Recipe], device: torch.device) -> tuple[group.Trained, float]:
-    """In place of a group's training: a run of a few steps, and the seconds a run would take."""
+def untrained(
+    members: Sequence[Recipe], device: torch.device, helpers: int = 1
+) -> tuple[group.Trained, float]:
+    """In place of a group's training: a run of a few steps, and the seconds a run would take
+    of the time of `helpers` that train side by side."""
     first = members[0]
     fields = ("dataset", "batch_size", "dropout", "max_norm", "jitter", "precision", "validation")
     shape = Recipe(first.model, **{name: getattr(first, name) for name in fields})
-    result, pace, report = _a_few_steps(shape, len(members), device)
+    result, pace, report = _a_few_steps(shape, len(members), device, helpers)
     steps = group.steps(first, device)
     epoch = math.ceil(len(group.rows(first, device)) / first.batch_size)
-    return result, steps * pace + report * math.ceil(steps / max(epoch, steps / 20))
+    seconds = steps * pace + report * math.ceil(steps / max(epoch, steps / loop.REPORTS))
+    return result, seconds / helpers
 
 
 @functools.cache
 def _a_few_steps(
-    shape: Recipe, runs: int, device: torch.device
+    shape: Recipe, runs: int, device: torch.device, helpers: int
 ) -> tuple[group.Trained, float, float]:
     """A run of a stack of some shape, its share of the seconds of a step and of a report."""
-    _, short, long = (
-        group.train([shape.replace(steps=n, seed=run) for run in range(runs)], device, {})[0]
-        for n in (2, 2, _TIMED)  # the first takes what only the first takes
-    )
+    with beside.threads(helpers):
+        _, short, long = (
+            group.train([shape.replace(steps=n, seed=run) for run in range(runs)], device, {})[0]
+            for n in (2, 2, _TIMED)  # the first takes what only the first takes
+        )
     pace = max(0.0, long.seconds - short.seconds) / (_TIMED - 2)
     return long, pace, max(0.0, short.seconds - 2 * pace)
 

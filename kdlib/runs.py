@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import sys
 import threading
 import time
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib import data, group, loop, losses, models, plan, store
+from kdlib import beside, data, group, loop, losses, models, plan, store
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
@@ -53,17 +54,18 @@ class Run:
     def logits(self, split: str = "test", dataset: str | None = None) -> Tensor:
         """The logits (N, classes), float32, on a split: train, validation, full or test.
 
-        dataset: its name, by default that of the recipe. They are computed once.
+        dataset: its name, by default that of the recipe. Computed once in a process.
         """
         splits = ("train", "validation", "full", "test")
         if split not in splits:
             raise ValueError(f"unknown split {split!r}: expected one of {', '.join(splits)}")
-        asked = (split, dataset or self.recipe.dataset)
-        if asked not in self._logits:
-            part: data.Split = getattr(data.load(asked[1], self.device), split)
+        digits = data.load(dataset or self.recipe.dataset, self.device)
+        if (digits.digest, split) not in self._logits:
+            part: data.Split = getattr(digits, split)
             with loop.settings("fp32", self.device):
-                self._logits[asked] = loop.predict(self.model(), part.images).float()
-        return self._logits[asked]
+                answers = loop.predict(self.model(), part.images).float()
+            self._logits[digits.digest, split] = answers
+        return self._logits[digits.digest, split]
 
 
 def train(
@@ -87,9 +89,11 @@ def train_all(
 ) -> list[Run]:
     """The runs of many recipes, in their order; those of equal shape are trained as a stack.
 
-    stack: the most runs trained as one (default: see `group.cut`). executor: where groups
-    are trained; its workers return runs, this process stores them as they arrive. Without
-    one, an interrupted call goes on from its last checkpoint when it is made again.
+    stack: the most runs trained as one (default: see `group.cut`). On a CPU, Linux and
+    without CUDA, several groups are trained side by side, with one thread each. executor:
+    where groups are trained instead; its workers return runs, this process stores them as
+    they arrive. Without one, an interrupted call goes on from its last checkpoint when it is
+    made again.
     Raises what `train` raises; RuntimeError when the executor breaks, with the runs kept
     that had arrived.
     """
@@ -101,10 +105,11 @@ def train_all(
         runs = {recipe: _stored(recipe, keys[recipe], where) for recipe in level}
         made |= {recipe: run for recipe, run in runs.items() if run is not None}
         missing = [recipe for recipe in level if recipe not in made]
-        work = _scatter(executor, stack) if executor else _in_turn(stack)
+        helpers = beside.processes(where) if len(level) > 1 else 1
+        work = _scatter(executor, stack) if executor else _here(stack, helpers)
         ledger = plan.ledger()
         if ledger is not None:
-            work = _rehearse(ledger, stack)
+            work = _rehearse(ledger, stack, helpers)
         for recipe, run in work(missing, keys, where, made):
             made[recipe] = run
     runs_in_order = [made[recipe] for recipe in recipes]
@@ -118,8 +123,12 @@ Made = Iterator[tuple[Recipe, Run]]
 Work = Callable[[list[Recipe], dict[Recipe, str], torch.device, dict[Recipe, Run]], Made]
 
 
-def _in_turn(stack: int | None) -> Work:
-    """Train group by group in this process, under locks, with checkpoints."""
+def _here(stack: int | None, helpers: int) -> Work:
+    """Train on this computer, under locks, with checkpoints: in turn, or side by side.
+
+    What is stored already does not count in `helpers`: else a call that goes on where it
+    was interrupted would compute with other numbers of threads, and get other bits.
+    """
 
     def work(
         missing: list[Recipe],
@@ -127,13 +136,36 @@ def _in_turn(stack: int | None) -> Work:
         device: torch.device,
         made: dict[Recipe, Run],
     ) -> Made:
-        for members in _cut(missing, keys, device, stack) if missing else ():
-            names = [keys[recipe] for recipe in members]
+        groups = _cut(missing, keys, device, stack) if missing else []
+
+        def make(number: int) -> list[Run]:
+            names = [keys[recipe] for recipe in groups[number]]
             with store.locked(names):
-                runs = [_stored(recipe, keys[recipe], device) for recipe in members]
-                if None in runs:  # else another process made them while this one waited
-                    runs = _train_here(members, names, device, made)
-            yield from ((run.recipe, run) for run in runs if run is not None)
+                runs = [_stored(recipe, keys[recipe], device) for recipe in groups[number]]
+                found = [run for run in runs if run is not None]
+                if len(found) == len(names):  # another process made them while this one waited
+                    return found
+                return _train_here(groups[number], names, device, made)
+
+        def made_before(number: int) -> list[bool]:
+            return [run.cached for run in make(number)]
+
+        if helpers == 1:
+            for number in range(len(groups)):
+                yield from ((run.recipe, run) for run in make(number))
+            return
+        from tqdm import tqdm  # a bare machine measures without it
+
+        for recipe in missing:
+            if recipe.teacher and not recipe.jitter:
+                group.answers(recipe, made)  # asked once, before there are several processes
+        name, quiet = f"{len(groups)} trainings, {helpers} at a time", not sys.stderr.isatty()
+        arrivals = beside.call(made_before, len(groups), helpers)
+        with tqdm(arrivals, name, len(groups), leave=False, disable=quiet) as bar:
+            for number, cached in bar:
+                for run, before in zip(make(number), cached, strict=True):  # out of the store
+                    bar.set_postfix(errors=run.metrics["test_errors"], refresh=False)
+                    yield run.recipe, replace(run, cached=before)
 
     return work
 
@@ -167,7 +199,7 @@ def _asked(names: list[str]) -> list[str]:
 
 def _train_here(
     members: Sequence[Recipe], names: list[str], device: torch.device, made: dict[Recipe, Run]
-) -> list[Run | None]:
+) -> list[Run]:
     """Train a group with checkpoints, and store its runs."""
     saved = time.monotonic()
 
@@ -178,9 +210,7 @@ def _train_here(
             saved = time.monotonic()
 
     trained = group.train(members, device, made, store.load_checkpoint(names), on_state)
-    runs: list[Run | None] = []
-    for recipe, name, result in zip(members, names, trained, strict=True):
-        runs.append(_keep(recipe, name, result, device))
+    runs = [_keep(*each, device) for each in zip(members, names, trained, strict=True)]
     store.drop_checkpoint(names)
     return runs
 
@@ -228,7 +258,7 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
     return work
 
 
-def _rehearse(ledger: Path, stack: int | None) -> Work:
+def _rehearse(ledger: Path, stack: int | None, helpers: int) -> Work:
     """Write down what would be trained, and train nothing."""
 
     def work(
@@ -240,10 +270,11 @@ def _rehearse(ledger: Path, stack: int | None) -> Work:
         for recipe in (recipe for recipe in keys if recipe not in missing):
             plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), None)
         for members in group.cut(missing, device, stack):
-            result, seconds = plan.untrained(members, device)
+            result, seconds = plan.untrained(members, device, helpers)
             for recipe in members:
                 plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), seconds)
-                yield recipe, _run(recipe, vars(result), result.weights, False, device)
+                record = vars(result) | {"weights": f"untrained {keys[recipe]}"}
+                yield recipe, _run(recipe, record, result.weights, False, device)
 
     return work
 
@@ -265,7 +296,7 @@ def _keep(recipe: Recipe, name: str, result: group.Trained, device: torch.device
         "seconds": result.seconds,
         "provenance": result.provenance,
     }
-    store.write(name, record, result.weights)
+    record = store.write(name, record, result.weights)
     return _run(recipe, record, result.weights, False, device)
 
 
@@ -282,7 +313,14 @@ def _run(
     device: torch.device,
 ) -> Run:
     fields = {name: record[name] for name in ("metrics", "curves", "seconds", "provenance")}
-    return Run(recipe, **fields, weights=weights, cached=cached, device=device)
+    known = _answers(record["weights"], device)
+    return Run(recipe, **fields, weights=weights, cached=cached, device=device, _logits=known)
+
+
+@functools.lru_cache(maxsize=32)
+def _answers(weights: str, device: torch.device) -> dict[tuple[str, str], Tensor]:
+    """The logits that a network has given in this process, by the digest of its weights."""
+    return {}
 
 
 def key(recipe: Recipe, device: torch.device) -> str:

@@ -56,8 +56,11 @@ def folder() -> Path:
     return data.home() / "runs"
 
 
-def write(key: str, record: dict[str, Any], weights: Weights) -> None:
-    """Store a run under its key. Raises StoreError when the disk is full or read-only."""
+def write(key: str, record: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """Store a run under its key; the record as `read` gives it.
+
+    Raises StoreError when the disk is full or read-only.
+    """
     from safetensors.torch import save  # a bare machine measures without it
 
     content = save({name: weight.cpu().contiguous() for name, weight in weights.items()})
@@ -77,6 +80,7 @@ def write(key: str, record: dict[str, Any], weights: Weights) -> None:
             f"cannot store a run in {folder()} ({error}): make room with `kdlib runs --prune`, "
             "or set KDLIB_HOME to a folder that can be written; what is stored stays"
         ) from error
+    return record
 
 
 def read(key: str) -> tuple[dict[str, Any], Weights] | None:

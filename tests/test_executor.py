@@ -119,7 +119,7 @@ def test_dask_brings_every_run_once_though_a_worker_is_killed(
 
     written: list[str] = []
     write = store.write
-    monkeypatch.setattr(store, "write", lambda key, *rest: (written.append(key), write(key, *rest)))
+    monkeypatch.setattr(store, "write", lambda key, *rest: written.append(key) or write(key, *rest))
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
