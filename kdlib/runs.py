@@ -105,7 +105,8 @@ def train_all(
         runs = {recipe: _stored(recipe, keys[recipe], where) for recipe in level}
         made |= {recipe: run for recipe, run in runs.items() if run is not None}
         missing = [recipe for recipe in level if recipe not in made]
-        helpers = beside.processes(where) if len(level) > 1 else 1
+        several = missing and len(group.cut(level, where, stack)) > 1
+        helpers = beside.processes(where) if several else 1
         work = _scatter(executor, stack) if executor else _here(stack, helpers)
         ledger = plan.ledger()
         if ledger is not None:

@@ -133,8 +133,10 @@ def test_a_network_of_ones_own_is_known_there(monkeypatch: pytest.MonkeyPatch) -
     assert all(run.metrics["status"] == "ok" for run in runs)
 
 
-def test_one_recipe_has_all_threads() -> None:
+def test_one_group_has_all_threads() -> None:
     assert kdlib.train(SMALL, "cpu").provenance["threads"] == 2
+    together = kdlib.train_all([recipe.replace(steps=20) for recipe in RECIPES], "cpu", stack=4)
+    assert {run.provenance["threads"] for run in together} == {2}
 
 
 def test_only_a_processor_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
