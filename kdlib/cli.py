@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 EXAMPLES = """\
 examples:
@@ -81,10 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.set_defaults(command=_runs)
 
-    record = commands.add_parser(
-        "reference", help="write chapters' full results into book/reference"
-    )
-    record.add_argument("action", choices=("record",))
+    reference = commands.add_parser("reference", help="results that are recorded in the book")
+    deeds = reference.add_subparsers(required=True, metavar="ACTION")
+    record = deeds.add_parser("record", help="write chapters' full results into book/reference")
     record.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all that ran")
     record.add_argument("--profile", default="full")
     record.add_argument("--commit", help="of the code that ran, where this is no clone")
@@ -153,8 +151,8 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from kdlib import reference
+    from kdlib import book, reference
 
-    named = [Path(chapter).stem for chapter in options.chapters]
-    for chapter in named or reference.kept(options.profile):
+    named = book.choose(options.chapters) if options.chapters else reference.kept(options.profile)
+    for chapter in named:
         print(reference.record(chapter, options.profile, options.commit))

@@ -163,6 +163,11 @@ def test_outside_a_clone_the_commands_say_so(
         assert f"kdlib: {tmp_path} is not in a clone" in capsys.readouterr().err
 
 
+def test_chapters_to_record_may_come_after_the_profile_and_by_number(refused: Told) -> None:
+    said = refused("reference", "record", "--profile", "smoke", "2")
+    assert "02_second has kept no smoke results" in said
+
+
 @pytest.mark.parametrize("package", ["papermill", "yaml", "nbformat"])
 def test_without_the_books_tools_one_line_names_what_to_install(
     package: str, root: Path, tmp_path: Path
@@ -183,7 +188,9 @@ def test_without_the_books_tools_one_line_names_what_to_install(
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["build"], ["data"], ["runs"], ["reference"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["build"], ["data"], ["runs"], ["reference"], ["reference", "record"]]
+)
 def test_help_is_the_manual(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
