@@ -313,6 +313,8 @@ def test_control_c_leaves_a_state_from_which_the_next_run_goes_on(
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # a job in a script's background ignores the signal, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while running.poll() is None and not (told.is_file() and told.read_text()):
         time.sleep(0.05)
