@@ -304,7 +304,8 @@ def kdlib_fit(lesson: Lesson) -> Students:
 
 
 def kdlib_in_turn(lesson: Lesson) -> Students:
-    """A sweep as `train_all` runs it on a CPU: one after another, the teacher asked once."""
+    """A process of a sweep, as `train_all` runs one for each thread of a CPU: its students
+    one after another, the teacher asked once."""
     job, task, full = lesson.job, lesson.job.task, lesson.dataset.full
     taught = loop.predict(lesson.teacher, full.images)
     students = [lesson.student(run) for run in range(job.runs)]

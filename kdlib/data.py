@@ -324,6 +324,9 @@ def _check_arrays(name: str, arrays: Arrays) -> Arrays:
                 f"{name}: labels are {labels.dtype} {tuple(labels.shape)}, "
                 f"expected int64 ({len(images)},)"
             )
+        if not len(labels) or int(labels.min()) < 0:
+            least = int(labels.min()) if len(labels) else "missing"
+            raise DataError(f"{name}: the least label is {least}, expected 0 or more")
     return arrays
 
 

@@ -111,12 +111,27 @@ def memory(recipe: Recipe, device: torch.device) -> int:
     for layer in network.modules():
         if not list(layer.children()):
             layer.register_forward_hook(count)
-    classes: int = network(inputs).shape[-1]
+    classes = _classes(network, inputs, recipe, device)
     batch = max(recipe.batch_size, 2000)  # training or evaluation, whichever is larger
     drawn = loop.BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
     numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())
     size: int = kind.itemsize
     return size * numbers + 2 * drawn + len(samples) * classes * 4
+
+
+def _classes(network: nn.Module, inputs: Tensor, recipe: Recipe, device: torch.device) -> int:
+    """How many logits a network gives; ValueError where it cannot take or answer the data."""
+    needed, size = data.load(recipe.dataset, device).classes, tuple(inputs.shape[-2:])
+    problem = f"the model {recipe.model!r} does not fit the dataset {recipe.dataset!r}"
+    try:
+        classes: int = network(inputs).shape[-1]
+    except RuntimeError as error:
+        raise ValueError(f"{problem}: it does not take images of {size} ({error})") from error
+    if classes < needed:
+        raise ValueError(
+            f"{problem}: it gives {classes} logits, expected one for each of {needed} classes"
+        )
+    return classes
 
 
 def _capacity(recipe: Recipe, device: torch.device) -> int:

@@ -230,6 +230,8 @@ def test_a_name_given_again_means_the_new_data() -> None:
         (lambda a, b, c, d: (a, b.int(), c, d), "labels are torch.int32"),
         (lambda a, b, c, d: (a, b[:-1], c, d), r"int64 \(239,\), expected int64 \(240,\)"),
         (lambda a, b, c, d: (a, b, c, b), r"expected int64 \(60,\)"),
+        (lambda a, b, c, d: (a, b - 1, c, d), "the least label is -1, expected 0 or more"),
+        (lambda a, b, c, d: (a[:0], b[:0], c, d), "the least label is missing"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(

@@ -109,6 +109,15 @@ def test_bug_a_best_that_is_never_updated() -> None:
         evaluate.best([made(1), made(2)])
 
 
+def test_the_steadiest_setting_is_judged_by_its_worst_run() -> None:
+    edge = [made(1), made(9, "diverged"), made(1)]
+    lucky, steady = [made(2), made(8)], [made(6), made(7)]
+    assert evaluate.steadiest([edge, lucky, steady], "test_errors") is steady[1]
+    assert evaluate.steadiest([edge, lucky], "test_errors") is lucky[1]
+    with pytest.raises(ValueError, match="all 1 runs diverged: try smaller"):
+        evaluate.steadiest([edge], "test_errors")
+
+
 @calm
 @given(hnp.arrays(np.int64, (20, 2), elements=st.integers(0, 4)))
 def test_confusion_counts_pairs(pairs: np.ndarray) -> None:

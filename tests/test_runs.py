@@ -228,6 +228,12 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         kdlib.train(small(dataset="bad"), "cpu")
     with pytest.raises(ValueError, match=r"omit=\(0, 1.* leaves no class"):
         kdlib.train(small(omit=tuple(range(10))), "cpu")
+    data.register("more", lambda: tuple(part + (part.dim() == 1) for part in blobs()))
+    with pytest.raises(ValueError, match=r"'more': it gives 10 logits, expected .* 11 classes"):
+        kdlib.train(small(dataset="more"), "cpu")
+    data.register("larger", lambda: tuple(p.repeat((1, 2, 1)[: p.dim()]) for p in blobs()))
+    with pytest.raises(ValueError, match=r"'larger': it does not take images of \(56, 28\) \("):
+        kdlib.train(small(dataset="larger"), "cpu")
     assert store.stored() == []
 
 
