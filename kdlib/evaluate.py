@@ -70,6 +70,21 @@ def best(runs: Sequence[Run], metric: str = "validation_errors") -> Run:
     return min(good, key=lambda run: run.metrics[metric])
 
 
+def gentlest(runs: Sequence[Run], metric: str = "validation_errors") -> Run:
+    """The run of the smallest learning rate whose errors are within chance of the fewest.
+
+    Chance: the square root of the fewest, about the standard error of such a count. Of
+    equal rates the run with the fewer errors. Raises ValueError when all diverged.
+    """
+    fewest = best(runs, metric).metrics[metric]
+    close = [
+        run
+        for run in runs
+        if run.metrics["status"] == "ok" and run.metrics[metric] <= fewest + math.sqrt(fewest)
+    ]
+    return min(close, key=lambda run: (run.recipe.learning_rate, run.metrics[metric]))
+
+
 def steadiest(groups: Sequence[Sequence[Run]], metric: str = "validation_errors") -> Run:
     """The worst run of the group whose worst run is best, as `best` compares them.
 

@@ -1,6 +1,7 @@
 """What runs are judged by, against SciPy and NumPy."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_bug_a_best_that_is_never_updated() -> None:
         evaluate.best([made(1, "diverged")] * 2)
     with pytest.raises(KeyError):  # never the test errors in place of validation errors
         evaluate.best([made(1), made(2)])
+
+
+def test_the_gentlest_of_equals_has_the_smallest_rate() -> None:
+    def at(rate: float, errors: int, status: str = "ok") -> kdlib.Run:
+        run = made(0, status, validation_errors=errors)
+        return replace(run, recipe=run.recipe.replace(learning_rate=rate))
+
+    runs = [at(0.4, 100), at(0.2, 110), at(0.2, 105), at(0.1, 111), at(0.05, 100, "diverged")]
+    assert evaluate.gentlest(runs) is runs[2]  # 110 is within 10 of the fewest, 111 is not
+    assert evaluate.gentlest([*runs, at(0.3, 90)]).recipe.learning_rate == 0.3
+    with pytest.raises(ValueError, match="all 1 runs diverged: try smaller"):
+        evaluate.gentlest(runs[-1:])
 
 
 def test_the_steadiest_setting_is_judged_by_its_worst_run() -> None:
