@@ -57,8 +57,8 @@ class Scale:
 CPU = Scale()
 GPU = Scale(
     turns=3,
-    samples=240_000,
-    group_samples=60_000,
+    samples=96_000,
+    group_samples=24_000,
     sweep=64,
     sizes=(1, 4, 16, 64, 256),
     matmul=8192,

@@ -48,7 +48,7 @@ def build(recipe: Recipe) -> nn.Module:
     """The untrained network of a recipe, its weights drawn by the recipe's seed."""
     options: dict[str, Any] = {"dropout": recipe.dropout} if any(recipe.dropout) else {}
     with torch.random.fork_rng([]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)  # that of the CPU alone
         network = models.build(recipe.model, **options)
     return network.double() if recipe.precision == "fp64" else network
 
@@ -306,9 +306,16 @@ def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "kdlib": importlib.metadata.version("kdlib"),
+        "kdlib": _version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kdlib")
+    except importlib.metadata.PackageNotFoundError:  # imported from a clone, as notebooks do
+        return "not installed"
 
 
 def processor() -> str:

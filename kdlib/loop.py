@@ -169,7 +169,8 @@ def fit(
                 with torch.no_grad():
                     targets = [*targets, teacher(inputs)]
             logits = model(inputs)
-        losses = loss(logits.to(inputs.dtype), *targets)
+        logits = logits.to(inputs.dtype)
+        losses = loss(logits, *targets)
         if getattr(losses, "shape", None) != rate.shape or not losses.requires_grad:
             got = losses if not isinstance(losses, Tensor) else f"shape {tuple(losses.shape)}"
             raise ValueError(
@@ -437,7 +438,7 @@ def _captured(
     side = torch.cuda.Stream(source.device)
     side.wait_stream(torch.cuda.current_stream(source.device))
     try:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), _nobody_waits():
             for _ in range(3):
                 step(*mine)
         torch.cuda.current_stream(source.device).wait_stream(side)
@@ -446,6 +447,7 @@ def _captured(
             results = step(*mine)
     except RuntimeError as error:
         warnings.warn(f"training step by step, without a CUDA graph: {error}", stacklevel=3)
+        torch.cuda.synchronize(source.device)
         state.restore(before)
         return step
     state.restore(before)
@@ -458,6 +460,20 @@ def _captured(
         return results
 
     return replay
+
+
+@contextlib.contextmanager
+def _nobody_waits() -> Iterator[None]:
+    """RuntimeError where the host waits for the GPU, which a graph cannot hold: a capture
+    that fails at it would leave PyTorch's generators behind as they are in a capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _limit(model: nn.Module, length: float) -> None:
@@ -501,7 +517,7 @@ def settings(precision: str, device: torch.device) -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.backends.cudnn.flags(allow_tf32=tf32, deterministic=True),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, deterministic=True),
         ):
             yield
     finally:

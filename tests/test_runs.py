@@ -1,6 +1,7 @@
 """Runs: made once, the same bits each time, from their key alone, whatever happens meanwhile."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import inspect
 import math
@@ -195,6 +196,14 @@ def test_logits_of_each_split() -> None:
 def answers_fp64(run: kdlib.Run, part: data.Split) -> Tensor:
     with torch.no_grad():
         return run.model()((part.images[:, None].float() / 255).double()).argmax(-1)
+
+
+def test_a_clone_that_is_not_installed_trains_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert group.provenance(torch.device("cpu"))["kdlib"] == "not installed"
 
 
 def test_provenance_says_where_a_run_comes_from() -> None:
