@@ -177,7 +177,7 @@ def _plan(job: Job) -> int:
     recipe = kdlib.Recipe(
         job.task.student, dataset=job.task.dataset, batch_size=job.task.batch_size
     )
-    return job.runs * group.memory(recipe, torch.device("cpu")) + 70_000 * 784 * 2
+    return group.planned(recipe, job.runs, torch.device("cpu"))
 
 
 def _teach(tasks: Sequence[Task], scale: Scale, device: str, folder: Path) -> None:

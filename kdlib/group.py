@@ -23,6 +23,7 @@ from kdlib.recipe import Recipe
 _SHAPE = (
     "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
 )  # fmt: skip
+_AT_WORK = 2**27  # bytes: cuBLAS's workspaces, 32 MiB a stream on an H200, and a teacher
 
 
 class Teacher(Protocol):
@@ -119,6 +120,13 @@ def memory(recipe: Recipe, device: torch.device) -> int:
     return size * numbers + 2 * drawn + len(samples) * classes * 4
 
 
+def planned(recipe: Recipe, runs: int, device: torch.device) -> int:
+    """Bytes that a group takes at most, with its data and what PyTorch keeps for its work."""
+    dataset = data.load(recipe.dataset, device)
+    images = dataset.full.images.numel() + dataset.test.images.numel()
+    return runs * memory(recipe, device) + 2 * images + _AT_WORK
+
+
 def _classes(network: nn.Module, inputs: Tensor, recipe: Recipe, device: torch.device) -> int:
     """How many logits a network gives; ValueError where it cannot take or answer the data."""
     needed, size = data.load(recipe.dataset, device).classes, tuple(inputs.shape[-2:])
@@ -142,10 +150,8 @@ def _capacity(recipe: Recipe, device: torch.device) -> int:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:  # Windows does not say
         total = 8 * 2**30
-    everything = data.load(recipe.dataset, device)
-    images = 2 * (everything.full.images.numel() + everything.test.images.numel())
     needed = memory(recipe, device)
-    most = int((total * 2 / 3 - images) // needed)
+    most = int((total * 2 / 3 - planned(recipe, 0, device)) // needed)
     if most < 1:
         raise MemoryError(
             f"one run of {recipe.model!r} at batch_size={recipe.batch_size} needs about "

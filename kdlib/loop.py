@@ -51,7 +51,7 @@ class Stack(nn.Module):
                 "stack would mix up: train such networks one at a time (stack=1)"
             )
         self.names = list(weights)
-        self.weights = nn.ParameterList(weights.values())
+        self.weights = nn.ParameterList(_as_gradients_lie(weight) for weight in weights.values())
         self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)  # a tuple: no submodule
 
     def forward(self, inputs: Tensor, shared: bool = False) -> Tensor:
@@ -398,7 +398,7 @@ def _descent(
         def fused(gradients: Sequence[Tensor], mass: Tensor) -> None:
             torch._fused_sgd_(
                 weights,
-                [gradient.contiguous() for gradient in gradients],  # it takes no strides
+                [_laid_out_as(w, g) for w, g in zip(weights, gradients, strict=True)],
                 velocity,
                 lr=1.0,
                 momentum=momentum,
@@ -419,6 +419,19 @@ def _descent(
         torch._foreach_addcmul_(weights, velocity, masses, value=-1)
 
     return each
+
+
+def _as_gradients_lie(weight: Tensor) -> Tensor:
+    """A stack's matrices (runs, out, in) as they lie in memory in their gradients, columns
+    first: else each step copies all of these."""
+    return weight.detach().mT.contiguous().mT if weight.dim() == 3 else weight.detach()
+
+
+def _laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient with its weight's strides, which the fused kernel takes for granted."""
+    if gradient.stride() == weight.stride():
+        return gradient
+    return torch.empty_like(weight).copy_(gradient)
 
 
 def _captured(

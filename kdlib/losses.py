@@ -41,8 +41,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
             f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
             "expected one class number for each row of logits"
         )
-    chosen = torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None])
-    return -chosen.squeeze(-1).mean(-1)
+    return -torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None]).mean((-2, -1))
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Number) -> Tensor:
@@ -54,8 +53,8 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     """
     teacher = log_soften(teacher_logits, temperature)
     student = log_soften(student_logits, temperature)
-    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean(-1)
-    return divergence * temperature**2
+    divergence = (teacher.exp() * (teacher - student)).sum((-2, -1))
+    return divergence * (temperature**2 / student.shape[-2])
 
 
 def distillation_loss(

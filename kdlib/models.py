@@ -33,6 +33,14 @@ class MLP(nn.Module):
         return self.layers(images)  # type: ignore[no-any-return]
 
 
+class _Planes(nn.Module):
+    """Each channel's plane in one piece: pooling them on a CPU, and back, then takes half the
+    time that it takes where channels lie last, as the convolution leaves them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous()
+
+
 class LeNet(nn.Module):
     """The article's teacher: two 5 x 5 convolutions (6, 16), then 120, 84, classes.
 
@@ -66,7 +74,7 @@ class LeNetHalf(nn.Module):
 
     def __init__(self, classes: int = 10, relu_logits: bool = False) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 3, 5), nn.ReLU(), nn.MaxPool2d(2))
+        self.features = nn.Sequential(nn.Conv2d(1, 3, 5), _Planes(), nn.ReLU(), nn.MaxPool2d(2))
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(432, classes))
         if relu_logits:
             self.classifier.append(nn.ReLU())
