@@ -132,7 +132,7 @@ def on_gpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
                 jobs.append(scale.job(task, "kdlib", scale.samples, **options))
             record["comparisons"].append(_compare(jobs, scale, device, teachers))
             save(record)
-        for precision in ("fp32", "tf32", "bf16"):
+        for precision in ("fp32", "bf16"):
             jobs = [
                 scale.job(tasks[0], "kdlib", scale.group_samples, runs=runs, precision=precision)
                 for runs in scale.sizes
