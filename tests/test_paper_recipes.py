@@ -1,4 +1,4 @@
-"""The paper's networks under the classic and the modern recipe."""
+"""The paper's networks under the classic, the modern and the short recipe."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ import kdlib
 from kdlib.recipe import PAPER
 
 
-@pytest.mark.parametrize("kind", ["classic", "modern"])
+@pytest.mark.parametrize("kind", PAPER)
 def test_the_networks_are_the_papers(kind: str) -> None:
     teacher, student, distilled = (PAPER[kind][n] for n in ("teacher", "student", "distilled"))
     assert (teacher.model, teacher.jitter) == ("mlp-1200x1200", 2)
@@ -32,8 +32,8 @@ def test_the_classic_schedule_is_that_of_2012() -> None:
         assert recipe.momentum == 0.99
 
 
-@pytest.mark.parametrize("kind", ["classic", "modern"])
-def test_both_recipes_train(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", PAPER)
+def test_the_recipes_train(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the recipe's own rates nothing diverges, and the networks learn."""
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
     short = {"dataset": "mnist-5k", "epochs": 3}
