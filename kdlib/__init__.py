@@ -21,12 +21,14 @@ from kdlib import data, evaluate, losses, models, plan
 from kdlib.loop import Stack, fit
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, train, train_all
+from kdlib.weights import pretrained
 
 if plan.ledger() is not None:
     fit = plan.fit
 
 __all__ = [
-    "Recipe", "Run", "Stack", "data", "evaluate", "fit", "losses", "models", "train", "train_all",
+    "Recipe", "Run", "Stack", "data", "evaluate", "fit", "losses", "models", "pretrained",
+    "train", "train_all",
 ]  # fmt: skip
 
 

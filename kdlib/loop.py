@@ -178,7 +178,7 @@ def fit(
                 "over the batch that has a gradient"
             )
         gradients = torch.autograd.grad(
-            (losses * rate).sum(), weights, allow_unused=True, materialize_grads=True
+            losses, weights, rate, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
             descend(gradients, mass)
