@@ -411,6 +411,9 @@ def test_memory_is_that_of_the_recipes_own_data_and_precision() -> None:
     single, double = (group.memory(small(precision=p), CPU) for p in ("fp32", "fp64"))
     assert single < double <= 2 * single
     assert group.memory(recipe, CPU) < single
+    alone, seven = (group.planned(recipe, runs, CPU) for runs in (1, 7))
+    assert seven - alone == 6 * group.memory(recipe, CPU)
+    assert alone > group.memory(recipe, CPU) + 2 * images[:, :8, :8].numel()
 
 
 DIFFERENT = {
