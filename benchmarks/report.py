@@ -130,7 +130,12 @@ def _gpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
     most = [row for row in _all_rows(record) if "peak_bytes" in row["note"]]
     if most:
         worst = max(row["note"]["peak_bytes"] / row["planned_bytes"] for row in most)
-        yield "all stacks", "never more memory than planned", f"{worst:.0%} of it", worst <= 1
+        yield (
+            "all runs, alone and stacked",
+            "never more memory than planned",
+            f"{worst:.0%} of it",
+            worst <= 1,
+        )
 
 
 def _times(comparison: Record) -> str:
@@ -185,8 +190,9 @@ def _sweeps(record: Record) -> list[str]:
         task, count = comparison["task"], record["scale"]["sweep"]
         alike = [group for group in record["groups"] if group["task"] == task]
         rows = [(row, "one × runs") for row in comparison["rows"] if _is_peer(row)]
-        rows += [(r, "measured") for r in comparison["rows"] if r["runs"] == count]
-        rows += [(r, "measured") for group in alike for r in group["rows"] if r["runs"] == count]
+        measured = [r for part in [comparison, *alike] for r in part["rows"] if r["runs"] == count]
+        once = {row["label"]: row for row in reversed(measured)}  # of equal ones the first
+        rows += [(row, "measured") for row in measured if row is once[row["label"]]]
         if not any(how == "measured" for _, how in rows):
             continue
         for row, how in rows:
@@ -229,13 +235,14 @@ def _memory(record: Record) -> str:
     """Peak memory of stacks against what was planned for them."""
     lines = [
         (
-            row["label"],
+            f"{row['label']}, batch {part['task']['batch_size']}",
             str(row["runs"]),
             f"{row['note']['peak_bytes'] / 2**30:.2f}",
             f"{row['planned_bytes'] / 2**30:.2f}",
             _yes(row["note"]["peak_bytes"] <= row["planned_bytes"]),
         )
-        for row in _all_rows(record)
+        for part in record["comparisons"] + record["groups"]
+        for row in part["rows"]
         if "peak_bytes" in row["note"]
     ]
     return _table(("system", "runs", "peak, GiB", "planned, GiB", "within"), lines)

@@ -139,8 +139,9 @@ def describe(chapter: str, profile: str = "full") -> str:
     minutes = sum(line["seconds"] for line in runs) / 60
     name = "reference" if profile == "full" else profile
     return (
-        f"The {name} run: {len(runs)} trainings in {minutes:,.0f} minutes on {last['device']}, "
-        f"PyTorch {last['torch']}, {last['date'][:10]}, commit {content['commit'][:10]}."
+        f"The {name} run, of which {len(runs)} trainings of {minutes:,.0f} minutes in all are "
+        f"recorded: {last['device']}, PyTorch {last['torch']}, {last['date'][:10]}, "
+        f"commit {content['commit'][:10]}."
     )
 
 

@@ -324,7 +324,7 @@ def test_a_trial_from_end_to_end(tmp_path):
     made = json.loads(path.read_text())
     assert [row["failure"] for part in made["comparisons"] for row in part["rows"]] == [None] * 7
     assert {row["runs"] for row in made["comparisons"][0]["rows"]} == {1, 2}
-    assert [part["rows"][0]["precision"] for part in made["groups"]] == ["fp32", "tf32", "bf16"]
+    assert [part["rows"][0]["precision"] for part in made["groups"]] == ["fp32", "bf16"]
     report.render(path.parent, path.parent)
     page = (path.parent / "cuda.md").read_text()
     assert "nan" not in page

@@ -47,8 +47,8 @@ def table(profile: str, rows: Rows) -> str:
     ]
     for name, (words, paper, _) in NETWORKS.items():
         lines.append(f"| {words} | {spread(cast(Any, rows[name]))} | {paper} |")
-    kind = {"full": "the paper's scale", "quick": "a laptop's scale, with few passes"}[profile]
-    about = f"At {kind}. {reference.describe(CHAPTER, profile)}"
+    kind = {"full": "With many passes", "quick": "At a laptop's scale, with few passes"}[profile]
+    about = f"{kind}. {reference.describe(CHAPTER, profile)}"
     return "\n".join([*lines, "", about])
 
 
