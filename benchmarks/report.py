@@ -190,9 +190,12 @@ def _sweeps(record: Record) -> list[str]:
         task, count = comparison["task"], record["scale"]["sweep"]
         alike = [group for group in record["groups"] if group["task"] == task]
         rows = [(row, "one × runs") for row in comparison["rows"] if _is_peer(row)]
-        measured = [r for part in [comparison, *alike] for r in part["rows"] if r["runs"] == count]
-        once = {row["label"]: row for row in reversed(measured)}  # of equal ones the first
-        rows += [(row, "measured") for row in measured if row is once[row["label"]]]
+        once: dict[str, Row] = {}  # of a system that was measured twice the first
+        for part in [comparison, *alike]:
+            for row in part["rows"]:
+                if row["runs"] == count:
+                    once.setdefault(row["label"], row)
+        rows += [(row, "measured") for row in once.values()]
         if not any(how == "measured" for _, how in rows):
             continue
         for row, how in rows:

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdlib import data, group, loop, store
+from kdlib import data, loop, store
 from kdlib.recipe import Recipe
 from kdlib.runs import Run
 
@@ -70,10 +70,9 @@ def keep(name: str, run: Run, folder: Path = FOLDER) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _errors(run: Run, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _errors(run: Run, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The test errors of a run's network with other weights."""
-    network = group.build(run.recipe)
-    network.load_state_dict(weights)
     test = data.load(run.recipe.dataset, run.device).test
-    errors = loop.count_errors(network.to(run.device).eval(), test.images, test.labels)
+    network = replace(run, weights=weights).model()
+    errors = loop.count_errors(network, test.images, test.labels)
     return {"test_errors": errors, "test_accuracy": 1 - errors / len(test)}

@@ -289,6 +289,13 @@ def test_a_sweep_of_peers_is_one_time_multiplied():
     assert "stack of 2 | 0.156 | measured" in sweep
 
 
+def test_a_sweep_measured_twice_is_shown_once():
+    made = record(*usual())
+    made["groups"] = 2 * made["groups"]
+    sweep = report.page(made, "cpu").split("### A sweep of 2 runs")[1].split("###")[0]
+    assert sweep.count("stack of 2 | 0.156 | measured") == 1
+
+
 def test_without_a_record_the_page_says_so(tmp_path):
     report.render(tmp_path, tmp_path / "pages")
     assert "make bench-gpu" in (tmp_path / "pages" / "cuda.md").read_text()

@@ -452,6 +452,12 @@ def test_a_training_that_diverged_ends_early() -> None:
     assert not math.isfinite(curves["train_loss"][-1])
 
 
+def test_a_trainings_settings_leave_cudnn_on() -> None:
+    """PyTorch's own context manager switches it off unless it is told not to."""
+    with loop.settings("fp32", torch.device("cpu")):
+        assert torch.backends.cudnn.enabled
+
+
 @pytest.mark.parametrize("name", ["mlp-8x8", "lenet-half"])
 def test_a_stacks_weights_lie_as_their_gradients_do(name: str) -> None:
     """Else each step would copy all of them, a third of its time on a GPU."""
