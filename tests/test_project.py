@@ -35,7 +35,7 @@ def load_tool(name):
     return module
 
 
-normalise, readme = load_tool("normalise"), load_tool("readme")
+normalise, readme, classic = map(load_tool, ("normalise", "readme", "classic"))
 
 
 # --- what the files say of each other ----------------------------------------------------
@@ -144,6 +144,26 @@ def test_readme_shows_what_is_recorded_and_nothing_else(tmp_path, monkeypatch, c
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     assert readme.main(["--check"]) == 1
     assert "README.md is not what is recorded" in capsys.readouterr().out
+
+
+def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
+    few = ["--passes", "0.1", "--seeds", "2", "--dataset", "mnist-5k", "--device", "cpu"]
+    assert classic.main([*few, "--commit", "c0ffee"]).parent == tmp_path / "reference/classic"
+    rows = reference.results(classic.CHAPTER, "classic")
+    assert reference.results(classic.CHAPTER) is None
+    assert [len(row) for row in rows.values()] == [2, 2, 2]
+    for kind, name in zip(("distilled", "student", "teacher"), sorted(rows), strict=True):
+        asked = classic.PAPER["classic"][kind].replace(dataset="mnist-5k", epochs=0.1)
+        got = [run.recipe.replace(seed=0, teacher=asked.teacher) for run in rows[name]]
+        assert got == [asked, asked]
+    pairs = zip(rows["distilled student"], rows["teacher"], strict=True)
+    assert all(student.recipe.teacher == (teacher.recipe,) for student, teacher in pairs)
+    seconds = [run.seconds for run in rows["teacher"]]
+    classic.main([*few, "--commit", "c0ffee"])
+    again = reference.results(classic.CHAPTER, "classic")["teacher"]
+    assert [run.seconds for run in again] == seconds
 
 
 def test_readme_prefers_the_reference_run(monkeypatch):
