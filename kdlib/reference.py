@@ -136,12 +136,13 @@ def describe(chapter: str, profile: str = "full") -> str:
     content = _read(path(chapter, profile))
     runs = [line for lines in content["rows"].values() for line in lines]
     last = max(runs, key=lambda line: str(line["provenance"]["date"]))["provenance"]
-    minutes = sum(line["seconds"] for line in runs) / 60
+    seconds = sum(line["seconds"] for line in runs)
+    time = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
     name = "reference" if profile == "full" else profile
     return (
-        f"The {name} run, of which {len(runs)} trainings of {minutes:,.0f} minutes in all are "
-        f"recorded: {last['device']}, PyTorch {last['torch']}, {last['date'][:10]}, "
-        f"commit {content['commit'][:10]}."
+        f"The {name} run, of which {len(runs)} trainings of {time} in all are recorded: "
+        f"on {runs[0]['recipe']['dataset']}, {last['device']}, PyTorch {last['torch']}, "
+        f"{last['date'][:10]}, commit {content['commit'][:10]}."
     )
 
 
