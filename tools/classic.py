@@ -1,6 +1,6 @@
 """The paper's three networks under the classic recipe, recorded in book/reference/classic.
 
-The recipe's 3,000 passes are 1.8 million steps a network: days on a CPU. Fewer passes have the
+The recipe's 3,000 passes are 1.8 million steps a network: many hours on a CPU. Fewer have the
 same schedule, compressed. An interrupted run goes on with the same command.
 
     python tools/classic.py [--passes 3000] [--seeds 1] [--dataset mnist] [--commit SHA]
