@@ -36,11 +36,11 @@ def test_the_classic_schedule_is_that_of_2012() -> None:
 def test_the_recipes_train(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the recipe's own rates nothing diverges, and the networks learn."""
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    short = {"dataset": "mnist-5k", "epochs": 3}
+    short = {"dataset": "mnist-5k", "epochs": 6}
     teacher, student, distilled = (
         PAPER[kind][name].replace(**short) for name in ("teacher", "student", "distilled")
     )
     runs = kdlib.train_all([teacher, student, distilled.replace(teacher=(teacher,))], device="cpu")
     assert [run.metrics["status"] for run in runs] == ["ok"] * 3
-    # of 1,000, where guessing makes 900; rounding decides how far 96 steps lead
-    assert max(run.metrics["test_errors"] for run in runs) < 800
+    # of 1,000, where guessing makes 900; rounding decides how far so few steps lead
+    assert max(run.metrics["test_errors"] for run in runs) < 600

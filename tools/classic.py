@@ -3,7 +3,7 @@
 The recipe's 3,000 passes are 1.8 million steps a network: many hours on a CPU. Fewer have the
 same schedule, compressed. An interrupted run goes on with the same command.
 
-    python tools/classic.py [--passes 3000] [--seeds 1] [--dataset mnist] [--commit SHA]
+    python tools/classic.py [--passes 3000] [--seeds 1] [--precision fp32] [--commit SHA]
 """
 
 import argparse
@@ -16,9 +16,9 @@ from kdlib.recipe import PAPER, Recipe
 CHAPTER, PROFILE = "07_mnist_reproduction", "classic"
 
 
-def recipes(passes: float, seeds: int, dataset: str) -> list[Recipe]:
+def recipes(seeds: int, **changes: object) -> list[Recipe]:
     """The teachers, the plain and the distilled students; student i learns from teacher i."""
-    trio = [recipe.replace(dataset=dataset, epochs=passes) for recipe in PAPER["classic"].values()]
+    trio = [recipe.replace(**changes) for recipe in PAPER["classic"].values()]
     teacher, plain, distilled = (
         [recipe.replace(seed=seed) for seed in range(seeds)] for recipe in trio
     )
@@ -32,10 +32,12 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--passes", type=float, default=3000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the code that ran, where this is no clone")
     given = parser.parse_args(arguments)
-    runs = kdlib.train_all(recipes(given.passes, given.seeds, given.dataset), given.device)
+    changes = {"epochs": given.passes, "dataset": given.dataset, "precision": given.precision}
+    runs = kdlib.train_all(recipes(given.seeds, **changes), given.device)
     names = "teacher", "plain student", "distilled student"
     rows = {name: runs[i * given.seeds : (i + 1) * given.seeds] for i, name in enumerate(names)}
     reference.keep(CHAPTER, PROFILE, rows)
