@@ -203,6 +203,8 @@ def fit(
                 rate, mass = SCHEDULES[schedule](at / steps, rates, masses)
                 torch._foreach_add_(sums, advance(index, shifts, rate, mass))
             state.step = last
+            if source.device.type == "cpu":
+                _settle(state.velocity)
             model.eval()
             _report(state, source, *(total / (last - first) for total in sums))
             for name, (inputs, labels) in (evaluate or {}).items():
@@ -547,6 +549,16 @@ def effective(precision: str, device: torch.device) -> str:
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _settle(velocity: list[Tensor]) -> None:
+    """Zero the velocities that are nearly so, of weights that get no gradient any more.
+
+    They would end as denormal numbers, at which a CPU is slow, and stay there. Measured: 18 % of
+    all, and 2.6 instead of 1.1 ms a step, for 2 x 100 units at a rate of 0.4 after 2,000 steps.
+    """
+    for mine in velocity:
+        mine.masked_fill_(mine.abs() < 1e-30, 0)
 
 
 @functools.cache

@@ -329,6 +329,19 @@ def test_a_training_resumed_has_the_bits_of_one_that_was_not(
         assert [one["step"] for one in left] == [s for s in (12, 18, 20) if s > snapshot["step"]]
 
 
+def test_a_velocity_without_gradients_comes_to_rest() -> None:
+    """It would end as a denormal number, at which a CPU is slow; the others are left alone."""
+    model = network()
+    unit = next(layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        unit.bias[0] = -1e3  # never active
+    faint = snapshots(model, momentum=0.5)[0]
+    faint["velocity"][0][0] = 1e-29
+    *_, last = snapshots(network(), momentum=0.5, resume=faint)
+    assert (last["velocity"][0][0] == 0).all()
+    assert (last["velocity"][0][1:] != 0).any()
+
+
 # --- stacks
 
 
