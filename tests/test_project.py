@@ -150,12 +150,14 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
     few = ["--passes", "0.1", "--seeds", "2", "--dataset", "mnist-5k", "--device", "cpu"]
+    few += ["--precision", "bf16"]
     assert classic.main([*few, "--commit", "c0ffee"]).parent == tmp_path / "reference/classic"
     rows = reference.results(classic.CHAPTER, "classic")
     assert reference.results(classic.CHAPTER) is None
     assert [len(row) for row in rows.values()] == [2, 2, 2]
     for kind, name in zip(("distilled", "student", "teacher"), sorted(rows), strict=True):
-        asked = classic.PAPER["classic"][kind].replace(dataset="mnist-5k", epochs=0.1)
+        short = {"dataset": "mnist-5k", "epochs": 0.1, "precision": "bf16"}
+        asked = classic.PAPER["classic"][kind].replace(**short)
         got = [run.recipe.replace(seed=0, teacher=asked.teacher) for run in rows[name]]
         assert got == [asked, asked]
     pairs = zip(rows["distilled student"], rows["teacher"], strict=True)
