@@ -18,9 +18,10 @@ from types import ModuleType
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from kdlib import data, evaluate, losses, models, plan
-from kdlib.loop import Stack, fit
+from kdlib.loop import fit
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, train, train_all
+from kdlib.stack import Stack
 from kdlib.weights import pretrained
 
 if plan.ledger() is not None:

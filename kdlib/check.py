@@ -135,12 +135,17 @@ def in_a_step() -> Iterator[None]:
         _in_a_step.reset(token)
 
 
+def is_in_a_step() -> bool:
+    """Whether this is one of `fit`'s steps."""
+    return _in_a_step.get()
+
+
 def tensor(name: str, given: Tensor, holds: Callable[[Tensor], Tensor], expected: str) -> Tensor:
     """The tensor. Raises ValueError unless `holds` is true of each of its values.
 
     A CUDA tensor inside one of `fit`'s steps is not read: see `in_a_step`.
     """
-    if given.is_cuda and _in_a_step.get():
+    if given.is_cuda and is_in_a_step():
         return given
     if not bool(holds(given).all()):
         refuse(name, given.tolist(), expected)

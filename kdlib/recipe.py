@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from kdlib import data, loop, models
+from kdlib import data, loop, models, precision
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "temperature": ("a finite number above 0", _number(0)),
     "hard_weight": ("a number in [0, 1]", _number(0, 1, open_low=False)),
-    "precision": _one_of(*loop.PRECISIONS),
+    "precision": _one_of(*precision.PRECISIONS),
     "seed": ("a whole number, 0 or more", _whole(0, 2**62)),
 }
 

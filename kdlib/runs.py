@@ -17,7 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib import beside, data, group, loop, losses, models, plan, store
+from kdlib import (
+    batches,
+    beside,
+    data,
+    fast,
+    group,
+    loop,
+    losses,
+    memory,
+    models,
+    plan,
+    precision,
+    sgd,
+    store,
+)
+from kdlib import stack as stacks
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
@@ -62,7 +77,7 @@ class Run:
         digits = data.load(dataset or self.recipe.dataset, self.device)
         if (digits.digest, split) not in self._logits:
             part: data.Split = getattr(digits, split)
-            with loop.settings("fp32", self.device):
+            with precision.settings("fp32", self.device):
                 answers = loop.predict(self.model(), part.images).float()
             self._logits[digits.digest, split] = answers
         return self._logits[digits.digest, split]
@@ -89,7 +104,7 @@ def train_all(
 ) -> list[Run]:
     """The runs of many recipes, in their order; those of equal shape are trained as a stack.
 
-    stack: the most runs trained as one (default: see `group.cut`). On a CPU, Linux and
+    stack: the most runs trained as one (default: see `memory.cut`). On a CPU, Linux and
     without CUDA, several groups are trained side by side, with one thread each. executor:
     where groups are trained instead; its workers return runs, this process stores them as
     they arrive. Without one, an interrupted call goes on from its last checkpoint when it is
@@ -105,7 +120,7 @@ def train_all(
         runs = {recipe: _stored(recipe, keys[recipe], where) for recipe in level}
         made |= {recipe: run for recipe, run in runs.items() if run is not None}
         missing = [recipe for recipe in level if recipe not in made]
-        several = missing and len(group.cut(level, where, stack)) > 1
+        several = missing and len(memory.cut(level, where, stack)) > 1
         helpers = beside.processes(where) if several else 1
         work = _scatter(executor, stack) if executor else _here(stack, helpers)
         ledger = plan.ledger()
@@ -189,7 +204,7 @@ def _cut(
                 "`kdlib runs --prune` removes it",
                 stacklevel=2,
             )
-    return groups + group.cut(rest, device, stack)
+    return groups + memory.cut(rest, device, stack)
 
 
 def _asked(names: list[str]) -> list[str]:
@@ -227,7 +242,7 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
     ) -> Made:
         waiting, arrived = {}, 0
         failure: Exception | None = None
-        for members in group.cut(missing, device, stack):
+        for members in memory.cut(missing, device, stack):
             taught = {
                 teacher: replace(made[teacher], _logits={})  # too much to send
                 for recipe in members
@@ -270,7 +285,7 @@ def _rehearse(ledger: Path, stack: int | None, helpers: int) -> Work:
     ) -> Made:
         for recipe in (recipe for recipe in keys if recipe not in missing):
             plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), None)
-        for members in group.cut(missing, device, stack):
+        for members in memory.cut(missing, device, stack):
             result, seconds = plan.untrained(members, device, helpers)
             for recipe in members:
                 plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), seconds)
@@ -338,7 +353,7 @@ def key(recipe: Recipe, device: torch.device) -> str:
 @functools.cache
 def code_digest() -> str:
     """A digest of the code that decides a run, without its comments and docstrings."""
-    modules = (data, losses, models, loop, group)
+    modules = (data, losses, models, loop, group, batches, sgd, fast, precision, stacks)
     return hashlib.sha256("".join(map(_code, modules)).encode()).hexdigest()
 
 

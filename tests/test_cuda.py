@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kdlib
-from kdlib import data, group, loop, losses, models
+from kdlib import data, group, loop, losses, memory, models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NETS = ("mlp-32x32", "lenet-half")
@@ -136,7 +136,7 @@ def test_a_group_takes_no_more_memory_than_planned(name: str, jitter: int, runs:
     before = torch.cuda.memory_allocated()
     group.train([recipe.replace(seed=seed) for seed in range(runs)], device, {})
     taken = torch.cuda.max_memory_allocated() - before
-    assert taken <= group.planned(recipe, runs, device)
+    assert taken <= memory.planned(recipe, runs, device)
 
 
 def test_a_sweep_with_teachers_of_its_own_trains_on_the_gpu() -> None:
