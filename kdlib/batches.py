@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib import check
 from kdlib.data import to_input, translate
@@ -20,34 +20,34 @@ BLOCK = 512  # steps whose samples are drawn at once: drawing has a cost per cal
 
 
 class Batches:
-    """The samples of one training (runs=None), or of a stack of so many runs.
+    """The samples of one training: of one network, or of a `Stack`'s runs.
 
-    data: (inputs, *targets), tensors (N, …) on one device; a list of tensors is one per run.
-    weight: one of the network's, which decides device and dtype. rows,
-    seed and jitter are one value for all runs, or one per run. Indices and shifts have the run
-    as a leading dimension in a stack. Raises ValueError for what does not fit.
+    model: decides device, dtype and the number of runs. data: (inputs, *targets), tensors (N, …)
+    on that device; for a stack, a list of tensors is one per run. rows, seed and jitter are one
+    value for all runs, or one per run. In a stack, indices and shifts have the run as their
+    leading dimension. Raises ValueError for what does not fit together.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         data: Sequence[Any],
-        weight: Tensor,
-        runs: int | None,
         batch_size: int,
         rows: Tensor | Sequence[Tensor] | None = None,
         seed: int | Sequence[int] = 0,
         jitter: int | Sequence[int] = 0,
     ) -> None:
-        self.device, self.dtype = weight.device, weight.dtype
-        self.runs, self.batch_size = runs, batch_size
-        self.tensors, self.shared = _tensors(data, self.device, runs)
+        weight = next(model.parameters())
+        self.device, self.dtype, self.batch_size = weight.device, weight.dtype, batch_size
+        self.runs: int | None = getattr(model, "runs", None)
+        self.tensors, self.shared = _tensors(data, self.device, self.runs)
         self.sample_dims = self.tensors[0].dim() - (1 if self.shared[0] else 2)
         count = self.tensors[0].shape[0 if self.shared[0] else 1]
-        self.rows = _rows_per_run(rows, runs or 1, count)
+        self.rows = _rows_per_run(rows, self.runs or 1, count)
         self.sizes = [count if chosen is None else len(chosen) for chosen in self.rows]
-        self.seeds = _values("seed", seed, runs, check.whole())
-        self.seed = self.seeds[0] if runs is None else self.seeds
-        self.jitters = _values("jitter", jitter, runs, check.whole())
+        self.seeds = _values("seed", seed, self.runs, check.whole())
+        self.seed = self.seeds[0] if self.runs is None else self.seeds
+        self.jitters = _values("jitter", jitter, self.runs, check.whole())
         is_image = self.tensors[0].dtype == torch.uint8
         side = min(self.tensors[0].shape[-2:]) if is_image else 1
         if max(self.jitters) >= side:

@@ -33,6 +33,12 @@ def value(name: str, given: Any, rule: Rule) -> Any:
         refuse(name, given, rule.expected)
 
 
+def values(rules: dict[str, Rule], **given: Any) -> None:
+    """Raise ValueError for the first given value that its rule refuses."""
+    for name, one in given.items():
+        value(name, one, rules[name])
+
+
 def refuse(name: str, given: Any, expected: str) -> NoReturn:
     """Raise the one ValueError of a bad value."""
     raise ValueError(f"{name} is {given!r}: expected {expected}") from None

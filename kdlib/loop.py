@@ -40,10 +40,8 @@ class State:
 
     def snapshot(self) -> dict[str, Any]:
         """What `fit(resume=…)` needs to go on from here."""
-        weights = self.model.state_dict()
-        return {
-            "weights": weights, "velocity": self.velocity, "step": self.step, "curves": self.curves
-        }  # fmt: skip
+        weights, velocity = self.model.state_dict(), self.velocity
+        return {"weights": weights, "velocity": velocity, "step": self.step, "curves": self.curves}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a snapshot, in place."""
@@ -90,15 +88,13 @@ def fit(
     labels, "<name>_errors". Stops early, with the warning `Diverged`, once no run has a finite
     loss. Raises ValueError for tensors that do not fit together and for unknown settings.
     """
-    _check(
-        epochs=epochs, steps=steps, batch_size=batch_size, schedule=schedule, max_norm=max_norm,
-        precision=precision, report_every=report_every,
+    check.values(
+        _RULES, epochs=epochs, steps=steps, batch_size=batch_size, schedule=schedule,
+        max_norm=max_norm, precision=precision, report_every=report_every,
     )  # fmt: skip
     weights = _trainable(model, precision)
     precision = effective(precision, weights[0].device)
-    batches = Batches(
-        data, weights[0], getattr(model, "runs", None), batch_size, rows, seed, jitter
-    )
+    batches = Batches(model, data, batch_size, rows, seed, jitter)
     epoch = batches.sizes[0] / batch_size
     steps = steps or max(1, round(epochs * epoch))
     report_every = report_every or max(math.ceil(epoch), math.ceil(steps / REPORTS))
@@ -106,9 +102,7 @@ def fit(
     momenta = batches.per_run("momentum", momentum, check.number(0, 1, ends="[)"))
     state = State(model, [torch.zeros_like(weight) for weight in weights], 0, steps, {})
     update = sgd.update_rule(weights, state.velocity, momenta, schedule != "classic")
-    step = _Step(model, batches, loss, weights, update, max_norm, precision, teacher)
-    if teacher is not None:
-        teacher.eval()
+    step = _Step(model, teacher, batches, loss, weights, update, max_norm, precision)
     with settings(precision, batches.device):
         train_step = fast.prepared(step, batches, rates, momenta, state)
         if resume is not None:
@@ -135,16 +129,24 @@ def fit(
 
 @dataclass
 class _Step:
-    """One step of training: `step(index, shifts, rate, momentum)` -> [losses, right answers]."""
+    """One step of training: `step(index, shifts, rate, momentum)` -> [losses, right answers].
+
+    index, shifts: the samples of the batch and their translations; rate, momentum: those of this
+    step, one per run. Losses are means over the batch, one per run, as are the counts.
+    """
 
     model: nn.Module
+    teacher: nn.Module | None
     batches: Batches
     loss: Loss
     weights: list[Tensor]
     update: fast.Update
     max_norm: float | None
     precision: str
-    teacher: nn.Module | None
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            self.teacher.eval()
 
     def __call__(
         self, index: Tensor, shifts: Tensor | None, rate: Tensor, momentum: Tensor
@@ -255,11 +257,6 @@ def _trainable(model: nn.Module, precision: str) -> list[Tensor]:
     return weights
 
 
-def _check(**settings: Any) -> None:
-    for name, given in settings.items():
-        check.value(name, given, _RULES[name])
-
-
 def _check_losses(losses: Any, rate: Tensor) -> None:
     if getattr(losses, "shape", None) != rate.shape or not losses.requires_grad:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else losses
@@ -270,12 +267,9 @@ def _check_losses(losses: Any, rate: Tensor) -> None:
 
 
 def _warn_of_divergence(step: int, steps: int) -> None:
-    warnings.warn(
-        f"the training stopped after {step} of {steps} steps: its loss is not finite; use a "
-        "smaller learning rate, or look for infinite values in the data",
-        Diverged,
-        stacklevel=3,
-    )
+    stopped = f"the training stopped after {step} of {steps} steps: its loss is not finite"
+    advice = "use a smaller learning rate, or look for infinite values in the data"
+    warnings.warn(f"{stopped}; {advice}", Diverged, stacklevel=3)
 
 
 _RULES = {

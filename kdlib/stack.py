@@ -29,11 +29,17 @@ class Stack(nn.Module):
                 f"another ({', '.join(buffers) or 'the latter'}), which a stack would mix up: "
                 "train such networks one at a time (stack=1)"
             )
-        self.names = list(weights)
         self.weights = nn.ParameterList(
             fast.transposed_in_memory(weight.detach()) for weight in weights.values()
         )
+        # A tied weight has several names, and is one weight.
+        place = {id(weight): at for at, weight in enumerate(networks[0].parameters())}
+        every = networks[0].named_parameters(remove_duplicate=False)
+        self._places = {name: place[id(weight)] for name, weight in every}
         self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)  # a tuple: no submodule
+
+    def _named(self) -> dict[str, Tensor]:
+        return {name: self.weights[at] for name, at in self._places.items()}
 
     def forward(self, inputs: Tensor, shared: bool = False) -> Tensor:
         (skeleton,) = self._skeleton
@@ -43,15 +49,11 @@ class Stack(nn.Module):
             return functional_call(skeleton, weights, (batch,))  # type: ignore[no-any-return]
 
         every = torch.vmap(one, in_dims=(0, None if shared else 0), randomness="different")
-        return every(dict(zip(self.names, self.weights, strict=True)), inputs)
+        return every(self._named(), inputs)
 
     def unstack(self) -> list[dict[str, Tensor]]:
         """The state_dict of each network, in order."""
-        # A tied weight is trained once and has several names.
-        tied: dict[int, str] = {}
-        named = dict(zip(self.names, self.weights, strict=True))
-        for name, weight in self._skeleton[0].named_parameters(remove_duplicate=False):
-            named[name] = named[tied.setdefault(id(weight), name)]
+        named = self._named()
         return [
             {name: weight[run].detach().clone() for name, weight in named.items()}
             for run in range(self.runs)
