@@ -91,11 +91,15 @@ def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
             jobs = [scale.job(task, peer, scale.samples) for peer in PEERS]
             for options in (
                 *({"precision": precision} for precision in precisions),
+                {"precision": precisions[-1], "threads": 1},
                 {"cached": False},
                 {"runs": scale.stack, "seed": 1},
                 {"runs": scale.stack, "seed": 1 + scale.stack, "cached": False},
             ):
                 jobs.append(scale.job(task, "kdlib", scale.samples, **options))
+            if torch.get_num_threads() > 1:
+                pair = {"runs": 2, "processes": 2, "precision": precisions[-1], "threads": 2}
+                jobs.append(scale.job(task, "kdlib-in-turn", scale.samples, **pair))
             record["comparisons"].append(_compare(jobs, scale, device, teachers))
             save(record)
         for task in tasks[:: len(scale.batches)]:
