@@ -180,7 +180,7 @@ def _targets(
         exact = torch.float64 if group[0].precision == "fp64" else torch.float32
         hard_weight = torch.tensor(hard_weight, dtype=exact, device=device)
         # On a GPU the loss cannot look at the temperatures, so their dtype has to decide.
-        exact = torch.float64 if max(temperature) > losses.MOST_EXACT else exact
+        exact = torch.float64 if max(temperature) > losses.HIGHEST_IN_FLOAT32 else exact
         temperature = torch.tensor(temperature, dtype=exact, device=device)
 
     def loss(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
