@@ -99,7 +99,7 @@ def fit(
         _RULES, epochs=epochs, steps=steps, batch_size=batch_size, schedule=schedule,
         max_norm=max_norm, precision=precision, report_every=report_every,
     )  # fmt: skip
-    weights = _trainable(model, precision)
+    weights = sgd.trainable(model, precision)
     precision = effective(precision, weights[0].device)
     batches = Batches(model, data, batch_size, rows, seed, jitter)
     steps_per_epoch = batches.sizes[0] / batch_size
@@ -260,16 +260,6 @@ def _report(
             report[f"{name}_errors"] = count_errors(state.model, inputs, labels)
     for name, value in report.items():
         state.curves.setdefault(name, []).append(value)
-
-
-def _trainable(model: nn.Module, precision: str) -> list[Tensor]:
-    """The weights to train."""
-    if precision == "fp64":
-        model.double()
-    weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
-    if not weights:
-        raise ValueError(f"the {type(model).__name__} has no weights to train")
-    return weights
 
 
 def _check_losses(losses: Any, rate: Tensor) -> None:
