@@ -128,6 +128,11 @@ def register(name: str, loader: Callable[[], Arrays]) -> None:
     _load.cache_clear()
 
 
+def registered(name: str) -> Callable[[], Arrays] | None:
+    """The loader that was registered under a name, or None for a built-in one."""
+    return _registered.get(name)
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device that a name means; "auto" is CUDA where there is one, else the CPU.
 
