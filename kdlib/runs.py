@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib import beside, data, group, loop, losses, models, plan, store
+from kdlib import beside, data, group, loop, losses, models, store
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
@@ -108,9 +108,6 @@ def train_all(
         several = missing and len(group.cut(level, where, stack)) > 1
         helpers = beside.processes(where) if several else 1
         work = _scatter(executor, stack) if executor else _here(stack, helpers)
-        ledger = plan.ledger()
-        if ledger is not None:
-            work = _rehearse(ledger, stack, helpers)
         for recipe, run in work(missing, keys, where, made):
             made[recipe] = run
     runs_in_order = [made[recipe] for recipe in recipes]
@@ -255,27 +252,6 @@ def _scatter(executor: Executor, stack: int | None) -> Work:
                 f"{len(missing)} runs: these are stored; the same call with a new executor "
                 "trains the others"
             ) from failure
-
-    return work
-
-
-def _rehearse(ledger: Path, stack: int | None, helpers: int) -> Work:
-    """Write down what would be trained, and train nothing."""
-
-    def work(
-        missing: list[Recipe],
-        keys: dict[Recipe, str],
-        device: torch.device,
-        made: dict[Recipe, Run],
-    ) -> Made:
-        for recipe in (recipe for recipe in keys if recipe not in missing):
-            plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), None)
-        for members in group.cut(missing, device, stack):
-            result, seconds = plan.untrained(members, device, helpers)
-            for recipe in members:
-                plan.note(ledger, recipe, keys[recipe], group.steps(recipe, device), seconds)
-                record = vars(result) | {"weights": f"untrained {keys[recipe]}"}
-                yield recipe, _run(recipe, record, result.weights, False, device)
 
     return work
 

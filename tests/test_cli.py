@@ -16,7 +16,10 @@ import pytest
 from conftest import KDLIB, ROOT
 
 import kdlib
-from kdlib import book, chain, cli, data, store
+from kdlib import data, store
+from kdlib.book import chapters as book
+from kdlib.book import cli
+from kdlib.book import execute as chain
 
 TOC = """\
 format: jb-book

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kdlib
-from kdlib import reference
+from kdlib.book import reference
 from kdlib.evaluate import spread
 
 CHAPTER = "07_mnist_reproduction"

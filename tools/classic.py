@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import kdlib
-from kdlib import reference
+from kdlib.book import reference
 from kdlib.recipe import PAPER, Recipe
 
 CHAPTER, PROFILE = "07_mnist_reproduction", "classic"

@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kdlib import plan
-from kdlib.book import BookError, Job, defaults, made, read_notebook, root, write_notebook
+from kdlib.book import rehearsal as plan
+from kdlib.book.chapters import BookError, Job, defaults, made, read_notebook, root, write_notebook
 
-MAKERS = ("book.py", "chain.py", "cli.py", "site.py")  # a change in these needs no new run
+# A change in these needs no new run.
+MAKERS = ("chapters.py", "cli.py", "execute.py", "rehearsal.py", "site.py")
 
 
 def execute(job: Job, *, force: bool = False) -> str:
@@ -167,9 +168,9 @@ def _digest(job: Job) -> str:
     notebook = json.loads(job.source.read_text(encoding="utf-8"))
     cells = [(cell["cell_type"], cell["source"], cell["metadata"]) for cell in notebook["cells"]]
     parts = [json.dumps([cells, job.parameters], sort_keys=True)]
-    library = Path(__file__).parent
+    library = Path(__file__).parents[1]
     parts += [
-        p.read_text(encoding="utf-8") for p in sorted(library.glob("*.py")) if p.name not in MAKERS
+        p.read_text(encoding="utf-8") for p in sorted(library.rglob("*.py")) if p.name not in MAKERS
     ]
     recorded = root() / "book" / "reference" / f"{job.chapter}.json"
     parts += [recorded.read_text(encoding="utf-8")] if recorded.is_file() else []

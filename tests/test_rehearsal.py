@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kdlib
-from kdlib import group, losses, plan, store
+from kdlib import group, losses, store
+from kdlib.book import rehearsal as plan
 
 
 @pytest.fixture

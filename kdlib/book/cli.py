@@ -22,7 +22,7 @@ KDLIB_DATA the datasets alone, in torchvision's layout.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it did what was asked, 1 with one line that says why not."""
     options = _parser().parse_args(arguments)
-    from kdlib.book import BookError
+    from kdlib.book.chapters import BookError
     from kdlib.data import DataError
     from kdlib.store import StoreError
 
@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from kdlib import book, chain
+    from kdlib.book import chapters as book
+    from kdlib.book import execute as chain
 
     chosen = book.choose(options.chapters)
     jobs, note = book.jobs(chosen, options.profile, dict(options.given))
@@ -107,7 +108,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from kdlib import site
+    from kdlib.book import site
 
     index = site.build(options.profile)
     print("\n".join(site.summary(options.profile)))
@@ -151,7 +152,8 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from kdlib import book, reference
+    from kdlib.book import chapters as book
+    from kdlib.book import reference
 
     named = book.choose(options.chapters) if options.chapters else reference.kept(options.profile)
     for chapter in named:
