@@ -100,7 +100,7 @@ def train_all(
     where = data.resolve_device(device)
     writer = _writer() if log_dir is not None else None
     made: dict[Recipe, Run] = {}
-    for level in _levels(recipes):
+    for level in levels(recipes):
         keys = {recipe: key(recipe, where) for recipe in level}
         runs = {recipe: _stored(recipe, keys[recipe], where) for recipe in level}
         made |= {recipe: run for recipe, run in runs.items() if run is not None}
@@ -277,6 +277,11 @@ def _keep(recipe: Recipe, name: str, result: group.Trained, device: torch.device
     return _run(recipe, record, result.weights, False, device)
 
 
+def stored(recipe: Recipe, device: torch.device) -> Run | None:
+    """The run of a recipe, if it is in the store."""
+    return _stored(recipe, key(recipe, device), device)
+
+
 def _stored(recipe: Recipe, name: str, device: torch.device) -> Run | None:
     found = store.read(name)
     return _run(recipe, *found, True, device) if found else None
@@ -351,7 +356,7 @@ def _depth(recipe: Recipe) -> int:
     return 1 + max(map(_depth, recipe.teacher), default=-1)
 
 
-def _levels(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
+def levels(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
     """All recipes and their teachers, teachers before their students."""
     family = dict.fromkeys(member for recipe in recipes for member in _family(recipe))
     depths = sorted({_depth(member) for member in family})
