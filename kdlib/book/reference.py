@@ -131,12 +131,12 @@ def _of_this_notebook() -> dict[str, Any]:
     shell = get_ipython()
     if shell is None:
         raise ValueError("outside of a notebook, keep needs parameters={name: value}")
-    found: dict[str, chapters.Parameter] = {}
+    found: dict[str, Any] = {}
     for source in shell.user_ns["In"]:
         with contextlib.suppress(SyntaxError):
-            found |= chapters.assignments(source)
-    known = {name: parameter.default for name, parameter in found.items()}
-    return {name: default for name, default in known.items() if default is not chapters.UNKNOWN}
+            cell = chapters.assignments(source)
+            found |= {n: p.default for n, p in cell.items() if p.default is not chapters.UNKNOWN}
+    return found
 
 
 def kept(profile: str) -> list[str]:
@@ -165,15 +165,14 @@ def record(chapter: str, profile: str = "full", commit: str | None = None) -> Pa
         raise ValueError(f"kdlib's training code has changed since {chapter} ran: {again}")
     scale = chapters.scale(chapter, profile)
     if scale is not None:
-        meant = chapters.defaults(chapter) | scale
-        ran = {name: content["parameters"].get(name, chapters.UNKNOWN) for name in meant}
+        meant, ran = chapters.defaults(chapter) | scale, content["parameters"]
         for name in meant.keys() - APART:
-            if ran[name] != meant[name]:
+            if ran.get(name, chapters.UNKNOWN) != meant[name]:
                 raise ValueError(
-                    f"{chapter} ran with {name} = {ran[name]!r}, not with the {profile} "
-                    f"profile's {meant[name]!r}: {again}"
+                    f"{chapter} ran with {name} = {ran.get(name, 'unknown')!r}, not with the "
+                    f"{profile} profile's {meant[name]!r}: {again}"
                 )
-        content["parameters"] = {n: v for n, v in ran.items() if v is not chapters.UNKNOWN}
+        content["parameters"] = {name: ran[name] for name in meant.keys() & ran}
     return _write(path(chapter, profile), content | {"commit": commit or _commit()})
 
 
