@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib import data, loop, store
+from kdlib import data, files, loop
 from kdlib.recipe import Recipe
 from kdlib.runs import Run
 
@@ -64,9 +64,9 @@ def keep(name: str, run: Run, folder: Path = FOLDER) -> Path:
         "provenance": run.provenance,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    store.put(folder / f"{name}.safetensors", content)
+    files.put(folder / f"{name}.safetensors", content)
     text = json.dumps(record, indent=1, sort_keys=True)
-    store.put(folder / f"{name}.json", f"{text}\n".encode())
+    files.put(folder / f"{name}.json", f"{text}\n".encode())
     return folder / f"{name}.safetensors"
 
 

@@ -13,11 +13,12 @@ from typing import Any, cast
 
 import pandas as pd
 
-from kdlib import data, store
+from kdlib import data, files
 from kdlib.book import chapters
 from kdlib.evaluate import spread
+from kdlib.keys import code_digest
 from kdlib.recipe import Recipe
-from kdlib.runs import Run, code_digest
+from kdlib.runs import Run
 
 Measures = Mapping[str, Mapping[str, Sequence[float]]]  # row -> metric -> one value per run
 APART = {"device", "profile"}  # parameters that decide no result
@@ -234,7 +235,7 @@ def _write(place: Path, content: dict[str, Any]) -> Path:
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
     # A list of numbers takes one line, not one per number.
     text = re.sub(r"\[[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
-    store.put(place, f"{text}\n".encode())
+    files.put(place, f"{text}\n".encode())
     return place
 
 
