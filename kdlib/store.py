@@ -92,9 +92,7 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
         and record.get("weights") == hashlib.sha256(content).hexdigest()
     ):
         return record, load(content)
-    warnings.warn(
-        f"the stored run {folder() / key} is damaged: it is trained again", stacklevel=2
-    )
+    warnings.warn(f"the stored run {folder() / key} is damaged: it is trained again", stacklevel=2)
     return None
 
 
