@@ -204,14 +204,16 @@ def _download(name: str, where: Path, raw: Path) -> None:
 def _status(name: str, where: Path) -> Status:
     layout, digests = SOURCES[name]
     raw = where / layout / "raw"
+    # All of them first, so that nothing is downloaded in vain when only the last is a folder.
+    for path in (raw / file for file in digests):
+        if os.path.isdir(path):
+            raise DataError(f"{path} is a folder, expected a file: remove it")
     for file, expected in digests.items():
         path = raw / file
         try:
             found = hashlib.sha256(path.read_bytes()).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return Status(name, "missing", raw, f"no file {path}")
-        except IsADirectoryError as error:
-            raise DataError(f"{path} is a folder, expected a file: remove it") from error
         except OSError as error:
             raise DataError(f"cannot read {name} ({error}): make it readable") from error
         if found != expected:
