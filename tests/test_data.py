@@ -275,8 +275,8 @@ def test_a_relative_folder_is_one_folder_in_every_directory(
     """A notebook's kernel is a child of the process that the user started, in another directory."""
     show = "from kdlib import files; print(files.home(), files.data_folder(), sep='|')"
     child = (
-        f"{show}; import subprocess, sys; subprocess.run([sys.executable, '-c', {show!r}], "
-        "cwd='book', check=True)"
+        f"import kdlib, subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {show!r}], cwd='book', check=True); {show}"
     )
     (tmp_path / "book").mkdir()
     found = subprocess.run(
