@@ -7,7 +7,7 @@ step alone, and the runs of a `Stack` see what each would see by itself.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -67,17 +67,18 @@ class Batches:
             stop = min(start + BLOCK, last)
             drawn = [self._draw(run, start * size, stop * size) for run in range(self.runs or 1)]
             index = torch.stack([samples for samples, _ in drawn])
-            shifts = torch.stack([moved for _, moved in drawn]) if any(self.jitters) else None
+            shifts = torch.stack([moves for _, moves in drawn])
             if self.runs is None:
-                index, shifts = index[0], None if shifts is None else shifts[0]
+                index, shifts = index[0], shifts[0]
             for step in range(start, stop):
                 here = slice((step - start) * size, (step - start + 1) * size)
-                yield step, index[..., here], None if shifts is None else shifts[..., here, :]
+                moved = shifts[..., here, :] if any(self.jitters) else None
+                yield step, index[..., here], moved
 
     def _draw(self, run: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Samples and shifts at the positions start to stop of a run's stream."""
-        size, reach = self.sizes[run], self.jitters[run]
-        samples, shifts = [], []
+        size, most = self.sizes[run], self.jitters[run]
+        samples, shifts = [], [torch.zeros(0, 2, dtype=torch.int64, device=self.device)]
         generator = torch.Generator(self.device)
         for epoch in range(start // size, (stop - 1) // size + 1):
             part = slice(max(start - epoch * size, 0), stop - epoch * size)
@@ -87,12 +88,11 @@ class Batches:
             # One run's jitter makes the whole stack's: a run without gets shifts of 0.
             if any(self.jitters):
                 moves = torch.randint(
-                    -reach, reach + 1, (size, 2), generator=generator, device=self.device
+                    -most, most + 1, (size, 2), generator=generator, device=self.device
                 )
                 shifts.append(moves[part])
         index, chosen = torch.cat(samples), self.rows[run]
-        moved = torch.cat(shifts) if shifts else index
-        return (index if chosen is None else chosen[index]), moved
+        return (index if chosen is None else chosen[index]), torch.cat(shifts)
 
     def samples(self, index: Tensor, shifts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Some samples' inputs, as the network takes them, and their targets."""
@@ -109,7 +109,7 @@ class Batches:
 
 
 def as_inputs(samples: Tensor, sample_dims: int, dtype: torch.dtype) -> Tensor:
-    """uint8 images as the networks take them, ink as a fraction; other inputs as they are.
+    """uint8 images as the networks take them, scaled to [0, 1]; other inputs as they are.
 
     sample_dims: 2 for images (height, width), which get a channel, 3 for (channels, height,
     width). Integers, such as an embedding's, stay integers.
@@ -132,7 +132,7 @@ def _values(name: str, given: Any, runs: int | None, rule: check.Rule) -> list[A
 
 
 def mixed_seed(*parts: object) -> int:
-    """A seed of 63 bits from whatever decides it."""
+    """A 63-bit seed, hashed from what decides it."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
 
 
@@ -148,6 +148,10 @@ def _tensor(part: Any, runs: int | None) -> Tensor:
     is_list = isinstance(part, list | tuple) and all(isinstance(item, Tensor) for item in part)
     if is_list and len(part) == runs:
         return torch.stack(list(part))
+    return _refuse(part)
+
+
+def _refuse(part: Any) -> NoReturn:
     raise ValueError(
         f"data hold a {type(part).__name__}: expected (inputs, *targets), tensors on the model's "
         "device, or for a Stack lists of one tensor per run; for a DataLoader, pass the tensors "
@@ -159,9 +163,10 @@ def _tensors(
     data: Sequence[Any], device: torch.device, runs: int | None
 ) -> tuple[list[Tensor], list[bool]]:
     """The data as tensors, and whether all runs share each of them."""
-    parts: Sequence[Any] = data if isinstance(data, list | tuple) else [[data]]
-    tensors = [_tensor(part, runs) for part in parts]
-    shared = [isinstance(part, Tensor) for part in parts]
+    if not isinstance(data, list | tuple):
+        _refuse(data)
+    tensors = [_tensor(part, runs) for part in data]
+    shared = [isinstance(part, Tensor) for part in data]
     sizes = [tensor.shape[0 if one else 1] for tensor, one in zip(tensors, shared, strict=True)]
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(f"data have {sizes} samples: expected equal numbers, above 0")
@@ -182,6 +187,7 @@ def _rows_per_run(
     chosen = [rows] * runs if rows is None or isinstance(rows, Tensor) else list(rows)
     if len(chosen) != runs:
         raise ValueError(f"rows has {len(chosen)} values: expected {runs}, one per run")
+    # Rows that several runs share are looked at once.
     for part in {id(part): part for part in chosen if part is not None}.values():
         if not len(part):
             raise ValueError("rows are empty: expected the numbers of some samples")

@@ -84,6 +84,11 @@ def register(name: str, loader: Callable[[], Arrays]) -> None:
     _load.cache_clear()
 
 
+def registered(name: str) -> Callable[[], Arrays] | None:
+    """The loader that was registered under a name, or None for a built-in one."""
+    return _registered.get(name)
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device of a name; "auto" is CUDA if there is a GPU, else the CPU.
 

@@ -1,5 +1,6 @@
 """Recipes of one shape as one call of `fit`: their samples, their targets, their results."""
 
+import functools
 import math
 import time
 import warnings
@@ -88,12 +89,20 @@ def train(
     resume: dict[str, Any] | None = None,
     on_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[Trained]:
-    """Train recipes of one shape together; on_state gets what `resume` takes, report by report."""
+    """Train recipes of one shape together.
+
+    on_state: called after each report but the last with what `resume` takes.
+    """
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
+
+    def save(state: loop.State) -> None:
+        if on_state is not None and state.step < state.steps:
+            on_state(state.snapshot() | {"seconds": time.monotonic() - started})
+
     networks = [build(recipe).to(device) for recipe in group]
     model = networks[0] if len(group) == 1 else Stack(networks)
     with default_dtype(torch.float32):
-        curves = _fit(group, model, device, teachers, started, resume, on_state)
+        curves = _fit(group, model, device, teachers, resume, save)
     share = (time.monotonic() - started) / len(group)
     origin = provenance(device, effective(group[0].precision, device))
     states = model.unstack() if isinstance(model, Stack) else [model.state_dict()]
@@ -113,49 +122,40 @@ def _fit(
     model: nn.Module,
     device: torch.device,
     teachers: Mapping[Recipe, Teacher],
-    started: float,
     resume: dict[str, Any] | None,
-    on_state: Callable[[dict[str, Any]], None] | None,
+    save: Callable[[loop.State], None],
 ) -> loop.Curves:
-    """The group's call of `fit`."""
+    """The group's call of `fit`, with a progress bar."""
     first, samples = group[0], training(group[0], device)
     held_out = "validation" if first.validation else "test"
     watched: data.Split = getattr(data.load(first.dataset, device), held_out)
-    chosen = [rows(recipe, device) for recipe in group]
     cached_logits, teacher, loss = _targets(group, device, teachers)
-    length = steps(first, device)
+    length, chosen = steps(first, device), [rows(recipe, device) for recipe in group]
     epochs = length * first.batch_size / len(chosen[0])
-    with (
-        progress.of_a_training(first.model, len(group), epochs) as show,
-        warnings.catch_warnings(),
-    ):
-        # A recipe's run has a status, which tells what the warning would.
-        warnings.simplefilter("ignore", loop.Diverged)
+    shared = {name: getattr(first, name) for name in ("batch_size", "schedule", "max_norm")}
+    own = {name: _field(group, name) for name in ("learning_rate", "momentum", "jitter", "seed")}
+    with progress.of_a_training(first.model, len(group), epochs) as show:
 
         def on_report(state: loop.State) -> None:
             show(state)
-            if on_state is not None and state.step < state.steps:
-                on_state(state.snapshot() | {"seconds": time.monotonic() - started})
+            save(state)
 
-        own = {
-            name: _field(group, name) for name in ("learning_rate", "momentum", "jitter", "seed")
-        }
-        return loop.fit(
-            model,
-            [samples.images, samples.labels, *cached_logits],
-            loss,
-            **own,
-            steps=length,
-            batch_size=first.batch_size,
-            schedule=first.schedule,
-            max_norm=first.max_norm,
-            precision=first.precision,
-            rows=_one(chosen),
-            teacher=teacher,
-            evaluate={held_out: (watched.images, watched.labels)},
-            on_report=on_report,
-            resume=resume,
-        )
+        # A recipe's run has a status, which tells what the warning would.
+        with warnings.catch_warnings(action="ignore", category=loop.Diverged):
+            return loop.fit(
+                model,
+                [samples.images, samples.labels, *cached_logits],
+                loss,
+                **shared,
+                **own,
+                steps=length,
+                precision=first.precision,
+                rows=_one(chosen),
+                teacher=teacher,
+                evaluate={held_out: (watched.images, watched.labels)},
+                on_report=on_report,
+                resume=resume,
+            )
 
 
 class _Committee(nn.Module):
@@ -173,14 +173,19 @@ def _targets(
     group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
 ) -> tuple[list[Any], nn.Module | None, loop.Loss]:
     """What a group is trained on: cached logits, or a teacher for each batch; and the loss."""
-    if not group[0].teacher:
+    if not group[0].teacher and not group[0].label_smoothing:
         return [], None, losses.cross_entropy
+    exact = torch.float64 if group[0].precision == "fp64" else torch.float32
+    if not group[0].teacher:
+        smoothing = _field(group, "label_smoothing")
+        if len(group) > 1:
+            smoothing = torch.tensor(smoothing, dtype=exact, device=device)
+        return [], None, functools.partial(losses.cross_entropy, label_smoothing=smoothing)
     temperature, hard_weight = _field(group, "temperature"), _field(group, "hard_weight")
     if len(group) > 1:
-        exact = torch.float64 if group[0].precision == "fp64" else torch.float32
         hard_weight = torch.tensor(hard_weight, dtype=exact, device=device)
         # On a GPU the loss cannot look at the temperatures, so their dtype has to decide.
-        exact = torch.float64 if max(temperature) > losses.MOST_EXACT else exact
+        exact = torch.float64 if max(temperature) > losses.HIGHEST_IN_FLOAT32 else exact
         temperature = torch.tensor(temperature, dtype=exact, device=device)
 
     def loss(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:

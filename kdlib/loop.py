@@ -25,7 +25,7 @@ REPORTS = 10  # at most, unless asked for: testing a small network takes as long
 
 
 class Diverged(UserWarning):
-    """A training has stopped early, because no run has a finite loss any more."""
+    """Training has stopped early, because no run has a finite loss any more."""
 
 
 @dataclass
@@ -39,7 +39,8 @@ class State:
     curves: Curves
 
     def snapshot(self) -> dict[str, Any]:
-        """What `fit(resume=…)` needs to go on from here."""
+        """What `fit(resume=…)` needs to go on from here. Its tensors are those in use: copy them
+        before the training goes on."""
         weights, velocity = self.model.state_dict(), self.velocity
         return {"weights": weights, "velocity": velocity, "step": self.step, "curves": self.curves}
 
@@ -48,7 +49,8 @@ class State:
         self.model.load_state_dict(snapshot["weights"])
         for velocity, saved in zip(self.velocity, snapshot["velocity"], strict=True):
             velocity.copy_(saved)
-        self.step, self.curves = snapshot["step"], snapshot["curves"]
+        self.step = snapshot["step"]
+        self.curves = {name: list(values) for name, values in snapshot["curves"].items()}
 
 
 def fit(
@@ -76,14 +78,19 @@ def fit(
     """Train a network, or a `Stack` of them, in place by SGD with Nesterov momentum.
 
     data: (inputs, *targets), tensors of equal first dimension on the model's device; uint8
-    images (N, H, W) or (N, C, H, W) become ink as a fraction. For a Stack, a list of tensors is
-    one per run. loss: loss(logits, *targets of the batch) -> scalar, or (runs,) for a Stack. A
-    teacher's logits among the data thus arrive with their own samples. teacher: a network whose
-    logits on the batch come last among the loss's arguments, for inputs that change.
-    rows: int64, the samples to train on. learning_rate, momentum, jitter, rows and seed may
-    be sequences, one value per run. evaluate: name -> (inputs, labels), counted at each
-    report, by default after each epoch, or 10 times where there are more.
-    precision: one of `PRECISIONS`; bf16 is fp32 on a processor that is slow at it.
+    images (N, H, W) or (N, C, H, W) are scaled to [0, 1]. For a Stack, a list of tensors is one
+    per run. A teacher's logits, computed beforehand, can be one of the targets.
+    loss: loss(logits, *targets of the batch) -> scalar, or (runs,) for a Stack.
+    teacher: a network for inputs that change; its logits on the batch come last among the
+    loss's arguments. For a Stack it is a Stack too.
+    schedule: how the rate changes, one of `SCHEDULES`. max_norm: the greatest length of a hidden
+    unit's incoming weights. jitter: translate each uint8 image by up to so many pixels.
+    rows: int64, the samples to train on; an epoch is as long as the first run's. learning_rate,
+    momentum, jitter, rows and seed may be sequences, one value per run.
+    evaluate: name -> (inputs, labels), counted at each report, by default after each epoch, or
+    10 times where there are more. Dropout is drawn by the seed and the step of the last report.
+    on_report: called with the `State` after each report. resume: a `State.snapshot()`.
+    precision: one of `PRECISIONS`; bf16 falls back to fp32 on a processor that is slow at it.
     Returns the curves: "step", "train_loss", "train_accuracy" where the first target is
     labels, "<name>_errors". Stops early, with the warning `Diverged`, once no run has a finite
     loss. Raises ValueError for tensors that do not fit together and for unknown settings.
@@ -92,36 +99,36 @@ def fit(
         _RULES, epochs=epochs, steps=steps, batch_size=batch_size, schedule=schedule,
         max_norm=max_norm, precision=precision, report_every=report_every,
     )  # fmt: skip
-    weights = _trainable(model, precision)
+    weights = sgd.trainable(model, precision)
     precision = effective(precision, weights[0].device)
     batches = Batches(model, data, batch_size, rows, seed, jitter)
-    epoch = batches.sizes[0] / batch_size
-    steps = steps or max(1, round(epochs * epoch))
-    report_every = report_every or max(math.ceil(epoch), math.ceil(steps / REPORTS))
+    steps_per_epoch = batches.sizes[0] / batch_size
+    steps = steps or max(1, round(epochs * steps_per_epoch))
+    report_every = report_every or max(math.ceil(steps_per_epoch), math.ceil(steps / REPORTS))
     rates = batches.per_run("learning_rate", learning_rate, check.number(0))
     momenta = batches.per_run("momentum", momentum, check.number(0, 1, ends="[)"))
     state = State(model, [torch.zeros_like(weight) for weight in weights], 0, steps, {})
     update = sgd.update_rule(weights, state.velocity, momenta, schedule != "classic")
-    step = _Step(model, teacher, batches, loss, weights, update, max_norm, precision)
+    one_step = _Step(model, teacher, batches, loss, weights, update, max_norm, precision)
     with settings(precision, batches.device):
-        train_step = fast.prepared(step, batches, rates, momenta, state)
+        train_step = fast.prepared(one_step, batches, rates, momenta, state)
         if resume is not None:
             state.restore(resume)
         while state.step < steps:
             model.train()
-            first, last = state.step, min(state.step + report_every, steps)
+            first, stop = state.step, min(state.step + report_every, steps)
             torch.manual_seed(mixed_seed(batches.seed, "dropout", first))
             totals = [torch.zeros_like(rates), torch.zeros_like(rates)]
-            for number, index, shifts in batches.between(first, last):
+            for number, index, shifts in batches.between(first, stop):
                 rate, momentum_now = SCHEDULES[schedule](number / steps, rates, momenta)
                 torch._foreach_add_(totals, train_step(index, shifts, rate, momentum_now))
-            state.step = last
+            state.step = stop
             fast.without_denormals(state.velocity)
-            _report(state, batches, totals, last - first, evaluate or {}, precision)
+            _report(state, batches, totals, stop - first, evaluate or {}, precision)
             if on_report is not None:
                 on_report(state)
             if not torch.isfinite(totals[0]).any():
-                _warn_of_divergence(last, steps)
+                _warn_of_divergence(stop, steps)
                 break
     model.eval()
     return state.curves
@@ -132,7 +139,7 @@ class _Step:
     """One step of training: `step(index, shifts, rate, momentum)` -> [losses, right answers].
 
     index, shifts: the samples of the batch and their translations; rate, momentum: those of this
-    step, one per run. Losses are means over the batch, one per run, as are the counts.
+    step, one per run. Losses are means over the batch, right answers are counts; one per run.
     """
 
     model: nn.Module
@@ -155,13 +162,13 @@ class _Step:
         if self.teacher is not None:
             with torch.no_grad():
                 targets = [*targets, self._logits(self.teacher, inputs)]
-        logits = self._logits(self.model, inputs).to(self.batches.dtype)
+        logits = self._logits(self.model, inputs)
         with check.in_a_step():
             losses = self.loss(logits, *targets)
         _check_losses(losses, rate)
-        # grad_outputs=rate multiplies each run's gradients by its own learning rate: the losses
-        # of a stack are (runs,), no run's loss depends on another's weights, and a schedule's
-        # rate is a tensor, so that a captured step can read a new one.
+        # The gradient of Σ rate · loss over the runs. No run's loss depends on another's weights,
+        # so each run's gradient is multiplied by its own learning rate, which is a tensor, so
+        # that a step recorded as a CUDA graph reads a new one each time.
         gradients = torch.autograd.grad(
             losses, self.weights, grad_outputs=rate, allow_unused=True, materialize_grads=True
         )
@@ -169,9 +176,15 @@ class _Step:
             self.update(gradients, momentum)
             if self.max_norm is not None:
                 sgd.limit_norms(self.model, self.max_norm)
-            return [losses.detach(), _right_answers(logits, targets)]
+            if not self.batches.labelled:
+                return [losses.detach(), torch.zeros_like(losses)]
+            right = logits.argmax(-1) == targets[0]
+            return [losses.detach(), right.sum(-1).to(logits.dtype)]
 
     def _logits(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """A network's logits in the dtype of the training, which a teacher need not have."""
+        if network is self.teacher and inputs.is_floating_point():
+            inputs = inputs.to(next(network.parameters()).dtype)
         with autocast(self.precision, inputs.device):
             logits = network(inputs)
         if not isinstance(logits, Tensor):
@@ -179,34 +192,43 @@ class _Step:
                 f"the {type(network).__name__} returns a {type(logits).__name__}: expected a "
                 "tensor of logits; wrap it in a module whose forward returns that part alone"
             )
-        return logits
+        return logits.to(self.batches.dtype)
 
 
-def _one_cycle(at: float, rate: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+def _one_cycle(done: float, rate: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
     """Up in a line over the first fifth, then down along a cosine to 0."""
-    if at < 0.2:
-        return rate * (at / 0.2 + 0.01), momentum
-    return rate * (0.5 + 0.5 * math.cos(math.pi * (at - 0.2) / 0.8)), momentum
+    if done < 0.2:
+        return rate * (done / 0.2 + 0.01), momentum
+    return rate * (0.5 + 0.5 * math.cos(math.pi * (done - 0.2) / 0.8)), momentum
 
 
-def _classic(at: float, rate: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """Of arXiv 1207.0580, for 3,000 epochs: momentum rises over the first sixth from half its
-    value, the rate falls by 0.2 % per epoch and is multiplied by 1 - momentum."""
-    momentum = momentum * min(1.0, 0.5 + 3 * at)
-    return rate * (0.998 ** (3000 * at)) * (1 - momentum), momentum
+def _cosine(done: float, rate: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """Down along half a cosine."""
+    return rate * (0.5 + 0.5 * math.cos(math.pi * done)), momentum
+
+
+def _classic(done: float, rate: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """That of arXiv 1207.0580 over 3,000 epochs, scaled to any length: momentum rises over the
+    first sixth from half its value, the rate falls by 0.2 % per epoch (of 3,000) and is multiplied
+    by 1 - momentum."""
+    momentum = momentum * min(1.0, 0.5 + 3 * done)
+    return rate * (0.998 ** (3000 * done)) * (1 - momentum), momentum
 
 
 # name -> (share of the steps done, peak learning rate, last momentum) -> those of this step
 SCHEDULES: dict[str, Callable[[float, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "one-cycle": _one_cycle,
-    "cosine": lambda at, rate, momentum: (rate * (0.5 + 0.5 * math.cos(math.pi * at)), momentum),
-    "constant": lambda at, rate, momentum: (rate, momentum),
+    "cosine": _cosine,
+    "constant": lambda done, rate, momentum: (rate, momentum),
     "classic": _classic,
 }
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 2000) -> Tensor:
-    """Logits (…, N, classes) of a network or a Stack, without gradients, batch by batch."""
+    """Logits (…, N, classes) of a network or a Stack, without gradients, batch by batch.
+
+    The model stays in the mode it is in: call .eval() first where it has dropout.
+    """
     dtype, dims = next(model.parameters()).dtype, inputs.dim() - 1
     shared = {"shared": True} if isinstance(model, Stack) else {}
     with torch.no_grad():
@@ -223,13 +245,13 @@ def _report(
     state: State,
     batches: Batches,
     totals: list[Tensor],
-    steps: int,
+    interval: int,
     evaluate: dict[str, tuple[Tensor, Tensor]],
     precision: str,
 ) -> None:
     """Add the means since the last report, and the errors on held-out data, to the curves."""
     state.model.eval()
-    loss, right = (total / steps for total in totals)
+    loss, right = (total / interval for total in totals)
     report: dict[str, Any] = {"step": state.step, "train_loss": loss.tolist()}
     if batches.labelled:
         report["train_accuracy"] = (right / batches.batch_size).tolist()
@@ -240,29 +262,11 @@ def _report(
         state.curves.setdefault(name, []).append(value)
 
 
-def _right_answers(logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
-    """How many of a batch are right, where the first target is labels; else zero."""
-    if targets and targets[0].dtype == torch.int64:
-        return (logits.argmax(-1) == targets[0]).sum(-1).to(logits.dtype)
-    return logits.new_zeros(logits.shape[:-2])
-
-
-def _trainable(model: nn.Module, precision: str) -> list[Tensor]:
-    """The weights to train."""
-    if precision == "fp64":
-        model.double()
-    weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
-    if not weights:
-        raise ValueError(f"the {type(model).__name__} has no weights to train")
-    return weights
-
-
 def _check_losses(losses: Any, rate: Tensor) -> None:
-    if getattr(losses, "shape", None) != rate.shape or not losses.requires_grad:
-        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else losses
+    if not isinstance(losses, Tensor) or losses.shape != rate.shape or not losses.requires_grad:
         raise ValueError(
-            f"the loss gave {got}: expected a tensor of shape {tuple(rate.shape)}, a mean "
-            "over the batch that has a gradient"
+            f"the loss gave {getattr(losses, 'shape', losses)}: expected a tensor of shape "
+            f"{tuple(rate.shape)}, a mean over the batch that has a gradient"
         )
 
 

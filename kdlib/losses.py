@@ -13,8 +13,8 @@ from kdlib import check
 
 Number = float | Tensor  # a tensor holds one value per run, of the loss's shape (...)
 
-MOST_EXACT = 100.0  # the highest temperature at which float32 holds the divergence's digits
-HIGHEST = 1e6  # and the highest at which float64 does
+HIGHEST_IN_FLOAT32 = 100.0  # the highest temperature at which float32 holds the divergence's digits
+HIGHEST_IN_FLOAT64 = 1e6  # and the highest at which float64 does
 
 
 def soften(logits: Tensor, temperature: Number) -> Tensor:
@@ -39,25 +39,32 @@ def _log_soften(logits: Tensor, temperature: Number) -> Tensor:
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: Number = 0.0) -> Tensor:
     """Cross-entropy with hard targets: -log softmax(logits)[target], mean over the batch.
 
-    logits: (..., batch, classes), targets: int64 (..., batch). Returns (...), in nats.
+    logits: (..., batch, classes), targets: int64 (..., batch). label_smoothing: the share of
+    each target that is spread evenly over all classes, in [0, 1). Returns (...), in nats.
+    Raises ValueError for targets that do not fit. Szegedy et al. 2016, section 7.
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
             "expected one class number for each row of logits"
         )
-    return -torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None]).mean((-2, -1))
+    logs = torch.log_softmax(logits, dim=-1)
+    hard = -logs.gather(-1, targets[..., None]).mean((-2, -1))
+    if not isinstance(label_smoothing, Tensor) and label_smoothing == 0:
+        return hard
+    return (1 - label_smoothing) * hard - label_smoothing * logs.mean((-2, -1))
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Number) -> Tensor:
     """T² KL(teacher || student) of the softened probabilities, mean over the batch.
 
     Both logits: (..., batch, classes). Returns (...), in nats, zero where the logits agree
-    up to a constant. Its gradient is that of the cross-entropy with the soft targets; T²
-    keeps the gradient's size as T grows. A teacher's logit of -inf is a probability of 0.
+    up to a constant. Its gradient is T² times that of the cross-entropy with
+    the soft targets, which keeps its size as T grows. A teacher's logit of -inf gives a
+    probability of 0.
     Raises ValueError for shapes that differ and temperatures that are not in (0, 1e6].
     Hinton et al. 2015, section 2; introduced in chapter 4.
     """
@@ -104,7 +111,7 @@ def distillation_loss(
 
 
 def logit_matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Half the mean squared difference of zero-meaned logits, over classes and batch.
+    """Half the mean squared difference of centred logits, over classes and batch.
 
     Both logits: (..., batch, classes). Returns (...). The limit of `soft_loss` for T much
     larger than the logits. Raises ValueError for shapes that differ.
@@ -153,16 +160,15 @@ def _checked_temperature(temperature: Number) -> Number:
 def _needs_float64(temperature: Number) -> bool:
     """Whether float32 would lose the divergence, which falls as 1 / T² while its terms do not.
 
-    A tensor on a GPU is not read inside `fit`: there its dtype decides, which the group of
-    recipes has chosen by their temperatures.
+    A tensor on a GPU is not read inside `fit`; give it as float64 where it is above 100.
     """
     if isinstance(temperature, Tensor):
         if temperature.is_cuda and check.is_in_a_step():
             return temperature.dtype == torch.float64
         temperature = float(temperature.max())
-    if temperature > HIGHEST:
+    if temperature > HIGHEST_IN_FLOAT64:
         raise ValueError(
-            f"temperature is {temperature:g}: expected at most {HIGHEST:g}, beyond which no digit "
-            "of the divergence is left; use logit_matching_loss, its limit"
+            f"temperature is {temperature:g}: expected at most {HIGHEST_IN_FLOAT64:g}, "
+            "beyond which no digit of the divergence is left; use logit_matching_loss, its limit"
         )
-    return temperature > MOST_EXACT
+    return temperature > HIGHEST_IN_FLOAT32

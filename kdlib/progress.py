@@ -3,7 +3,7 @@
 import contextlib
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 DECIDES_NOTHING = "it only shows how far a training is"
@@ -32,13 +32,14 @@ def of_a_training(model: str, runs: int, epochs: float) -> Iterator[Callable[[An
 
 
 @contextlib.contextmanager
-def of_groups(groups: Sequence[Any], workers: int) -> Iterator[Callable[[int], None]]:
-    """One bar for groups trained side by side; the function that it gives counts one, with its
-    test errors."""
+def of_groups(groups: int, at_a_time: int) -> Iterator[Callable[[int], None]]:
+    """One bar for groups trained side by side; the function that it gives counts a run, with its
+    test errors. One at a time, each has a bar of its own."""
     from tqdm import tqdm
 
-    name = f"{len(groups)} trainings, {workers} at a time"
-    with tqdm(desc=name, total=len(groups), disable=_is_quiet(), leave=False) as bar:
+    quiet = _is_quiet() or at_a_time == 1
+    name = f"{groups} trainings, {at_a_time} at a time"
+    with tqdm(desc=name, total=groups, disable=quiet, leave=False) as bar:
 
         def count(errors: int) -> None:
             bar.set_postfix(errors=errors, refresh=False)

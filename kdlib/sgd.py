@@ -9,6 +9,19 @@ from kdlib import fast
 from kdlib.stack import Stack
 
 
+def trainable(model: nn.Module, precision: str) -> list[Tensor]:
+    """The weights to train, as float64 where that is the precision.
+
+    Raises ValueError for a network without any.
+    """
+    if precision == "fp64":
+        model.double()
+    weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise ValueError(f"the {type(model).__name__} has no weights to train")
+    return weights
+
+
 def update_rule(
     weights: list[Tensor], velocity: list[Tensor], momenta: Tensor, constant: bool
 ) -> fast.Update:

@@ -725,6 +725,22 @@ def test_a_network_that_returns_no_tensor_is_refused_in_a_line(kind: type) -> No
         loop.fit(network(), (IMAGES, LABELS), CE, steps=1, teacher=Outputs(kind))
 
 
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_a_teacher_of_another_precision_gives_the_students_its_logits(precision: str) -> None:
+    teacher, seen = network(seed=1), []
+
+    def loss(logits: Tensor, labels: Tensor, images: Tensor, taught: Tensor) -> Tensor:
+        seen.append((images, taught))
+        assert taught.dtype == logits.dtype
+        return losses.soft_loss(logits, taught, 4.0)
+
+    loop.fit(network(), (IMAGES, LABELS, IMAGES), loss, steps=2, batch_size=20,
+             precision=precision, teacher=teacher)  # fmt: skip
+    images, taught = seen[0]
+    expected = loop.predict(teacher, images)
+    torch.testing.assert_close(taught.float(), expected, atol=0.05, rtol=0.05)
+
+
 def test_a_data_loader_is_refused_with_what_to_pass() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS))
     with pytest.raises(ValueError, match=r"data hold a .*pass the tensors of its dataset"):
