@@ -21,7 +21,8 @@ import filelock
 
 DECIDES_NOTHING = "it accepts only files of known SHA-256, and a run's key has that digest"
 
-LONGEST_SILENCE = 20.0  # seconds without a byte, after which a download is given up
+# Seconds without a byte, after which a download is given up.
+LONGEST_SILENCE = 20.0
 
 _MNIST = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
