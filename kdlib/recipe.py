@@ -116,7 +116,7 @@ def _classes(given: Any) -> tuple[int, ...]:
 
 
 _CHANCE = check.number(0, 1, ends="[)")
-_TEMPERATURE = check.number(0, losses.HIGHEST, ends="(]")
+_TEMPERATURE = check.number(0, losses.HIGHEST_IN_FLOAT64, ends="(]")
 _WHY = "higher ones leave no digit of the divergence (its limit: logit_matching_loss)"
 _RULES = {
     "model": check.Rule("the name of a model", _name),
