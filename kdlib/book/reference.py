@@ -1,7 +1,6 @@
 """Results that are recorded in the book: written by a program, read beside a page's own."""
 
 import contextlib
-import hashlib
 import json
 import re
 import subprocess
@@ -21,7 +20,8 @@ from kdlib.recipe import Recipe
 from kdlib.runs import Run
 
 Measures = Mapping[str, Mapping[str, Sequence[float]]]  # row -> metric -> one value per run
-APART = {"device", "profile"}  # parameters that decide no result
+# Parameters that decide no result.
+APART = {"device", "profile"}
 _OF_A_RUN = ("metrics", "seconds", "provenance")
 
 
@@ -70,11 +70,11 @@ def path(chapter: str, profile: str = "full") -> Path:
 
 
 def draft(chapter: str, profile: str) -> Path:
-    """The file of what a chapter has kept: in `data.home()`, for `record`."""
+    """The file of what a chapter has kept: in `files.home()`, for `record`."""
     for value in (chapter, profile):
         if not re.fullmatch(r"\w+", value):
             raise ValueError(f"{value!r} is no name of a chapter or profile: letters, digits, _")
-    return data.home() / "reference" / profile / f"{chapter}.json"
+    return files.home() / "reference" / profile / f"{chapter}.json"
 
 
 def keep(
@@ -105,7 +105,8 @@ def keep(
     content = {"chapter": chapter, "profile": profile, "code": code_digest(), "rows": lines}
     try:
         _write(place, content | {"parameters": ran})
-    except OSError as error:  # a full store on a read-only disk is enough for a reader
+    # A full store on a read-only disk is enough for a reader.
+    except OSError as error:
         print(f"kdlib: no results are kept for a record: {error.strerror}", file=sys.stderr)
     return place
 
@@ -114,7 +115,8 @@ def _line(result: Run | Recorded) -> dict[str, Any]:
     if isinstance(result, Recorded):
         return dict(vars(result))
     line: dict[str, Any] = {name: getattr(result, name) for name in _OF_A_RUN}
-    if result.metrics["status"] == "ok":  # one that diverged may get all of them wrong
+    # A run that diverged may get all of them wrong, and such a list tells nothing.
+    if result.metrics["status"] == "ok":
         labels = data.load(result.recipe.dataset, result.device).test.labels
         answers = result.logits("test").argmax(1)
         line["wrong"] = (answers != labels).nonzero().flatten().tolist()
@@ -134,6 +136,7 @@ def _of_this_notebook() -> dict[str, Any]:
         raise ValueError("outside of a notebook, keep needs parameters={name: value}")
     found: dict[str, Any] = {}
     for source in shell.user_ns["In"]:
+        # A cell that could not run has changed nothing.
         with contextlib.suppress(SyntaxError):
             cell = chapters.assignments(source)
             found |= {n: p.default for n, p in cell.items() if p.default is not chapters.UNKNOWN}
@@ -185,6 +188,7 @@ def results(chapter: str, profile: str = "full") -> dict[str, list[Recorded]] | 
     if not path(chapter, profile).is_file():
         return None
     rows = _read(path(chapter, profile))["rows"]
+    # Older records have no `wrong`, and only runs have a recipe.
     for line in (line for lines in rows.values() for line in lines):
         line["recipe"] = line["recipe"] and Recipe.from_dict(line["recipe"])
     return {name: [Recorded(**line) for line in lines] for name, lines in rows.items()}
@@ -231,7 +235,7 @@ def describe(chapter: str, profile: str = "full") -> str:
 def _write(place: Path, content: dict[str, Any]) -> Path:
     """With a digest of all that is in it, which `_read` checks."""
     content = {key: value for key, value in content.items() if key != "digest"}
-    content["digest"] = _digest(content)
+    content["digest"] = files.digest(content)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
     # A list of numbers takes one line, not one per number.
     text = re.sub(r"\[[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
@@ -241,15 +245,11 @@ def _write(place: Path, content: dict[str, Any]) -> Path:
 
 def _read(place: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    if content.get("digest") != _digest({k: v for k, v in content.items() if k != "digest"}):
+    if content.get("digest") != files.digest({k: v for k, v in content.items() if k != "digest"}):
         raise ValueError(
             f"{place} was changed by hand: write it again with `kdlib reference record`"
         )
     return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _commit() -> str:
