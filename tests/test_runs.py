@@ -2,10 +2,10 @@
 
 import gc
 import importlib.metadata
-import importlib.util
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -25,12 +25,14 @@ from kdlib import (
     data,
     evaluate,
     group,
+    keys,
     loop,
     losses,
     memory,
     models,
     provenance,
     runs,
+    slots,
     store,
 )
 
@@ -57,6 +59,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(data, "_registered", {})
     monkeypatch.setattr(models, "_registered", {})
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    # In this process, whose steps are counted: see test_side_by_side for several.
+    monkeypatch.setattr(slots, "cores", lambda: 1)
     register_data()
     return tmp_path / "home"
 
@@ -218,7 +222,7 @@ def test_a_clone_that_is_not_installed_trains_too(monkeypatch: pytest.MonkeyPatc
 def test_provenance_says_where_a_run_comes_from() -> None:
     origin = kdlib.train(small(), "cpu").provenance
     assert origin["torch"] == torch.__version__
-    assert origin["threads"] == torch.get_num_threads()
+    assert origin["threads"] == 1
     assert origin["precision"] == "fp32"
     assert origin.keys() >= {"device", "python", "kdlib", "date"}
 
@@ -279,6 +283,69 @@ def test_two_trainings_into_two_empty_stores_have_equal_bits(
         assert not one.cached
         assert not other.cached
         assert same_bits(one, other)
+
+
+DIGEST = """
+import sys, hashlib
+sys.path[:0] = {paths}
+import torch, kdlib
+threads = torch.get_num_threads()
+from helpers import blobs
+kdlib.data.register("blobs", blobs)
+teacher = kdlib.Recipe("mlp-300", dataset="blobs", steps=20, batch_size=64, jitter=1)
+student = kdlib.Recipe("lenet-half", dataset="blobs", steps=20, batch_size=64, seed=1)
+recipes = [student.distil(teacher, temperature=4.0), student]
+digest = hashlib.sha256()
+for run in kdlib.train_all(recipes, "cpu", stack={stack}):
+    for name, weight in sorted(run.weights.items()):
+        digest.update(weight.numpy().tobytes())
+    digest.update(repr((run.curves, run.metrics)).encode())
+    digest.update(run.logits("test").numpy().tobytes())
+assert torch.get_num_threads() == threads
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_a_run_has_the_same_bits_for_any_number_of_threads(home: Path, stack: int) -> None:
+    paths = [str(Path(__file__).parent), str(Path(kdlib.__file__).parents[1])]
+    script, found = DIGEST.format(paths=paths, stack=stack), dict[str, str]()
+    for threads in ("1", "2", "4"):
+        environment = {"OMP_NUM_THREADS": threads, "KDLIB_HOME": str(home.with_name(threads))}
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | environment,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert result.returncode == 0, result.stderr
+        found[threads] = result.stdout
+    assert len(set(found.values())) == 1
+
+
+def test_a_training_has_as_many_threads_as_it_is_given() -> None:
+    before = torch.get_num_threads()
+    assert kdlib.train(small(seed=1), "cpu", threads=2).provenance["threads"] == 2
+    assert torch.get_num_threads() == before
+    assert kdlib.train(small(seed=1), "cpu").cached  # threads are not in the key
+    for threads in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"threads is {threads}: expected a whole number, 1"):
+            kdlib.train(small(), "cpu", threads=threads)
+
+
+def test_a_notebooks_default_dtype_changes_no_bit(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = kdlib.train_all([student(**MIXED)], "cpu")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        (second,) = elsewhere(monkeypatch, home, [student(**MIXED)])
+    finally:
+        torch.set_default_dtype(before)
+    assert {weight.dtype for weight in second.weights.values()} == {torch.float32}
+    assert same_bits(first, second)
+    assert torch.equal(first.logits("test"), second.logits("test"))
 
 
 def test_seeds_differ() -> None:
@@ -661,6 +728,36 @@ def test_a_damaged_run_is_made_anew(trained: list[float], name: str) -> None:
     assert len(trained) == 120
     assert same_bits(first, second)
     assert kdlib.train(small(), "cpu").cached
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, and buffers that are views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(784, 784), nn.Linear(784, 784)
+        self.second.weight = self.first.weight
+        shifts = torch.arange(20.0).view(2, 10)
+        self.register_buffer("shifts", shifts)
+        self.register_buffer("shift", shifts[1])
+        self.head = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.second(torch.relu(self.first(images.flatten(-3))))
+        return self.head(hidden) + 0.01 * self.shift
+
+
+def test_tied_weights_and_views_are_stored_and_come_back_tied(trained: list[float]) -> None:
+    models.register("tied", Tied)
+    first = kdlib.train(small("tied", epochs=1), "cpu")
+    again = kdlib.train(small("tied", epochs=1), "cpu")
+    assert (first.cached, again.cached, len(trained)) == (False, True, 12)
+    assert same_bits(first, again)
+    network: Any = again.model()
+    assert network.first.weight is network.second.weight
+    assert len(again.weights) == 8
+    test = data.load("blobs", "cpu").test
+    assert int((answers(again, test) != test.labels).sum()) == first.metrics["test_errors"]
 
 
 # --- interrupted
