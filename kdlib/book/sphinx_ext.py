@@ -65,7 +65,9 @@ def _configure(app: Sphinx, config: Config) -> None:
     # Jupyter Book's only_build_toc_files takes the clone's path for a pattern, and finds
     # nothing to leave out where that has a "[".
     contents = (top / "_toc.yml").read_text(encoding="utf-8")
-    config.include_patterns = [f"{file}.*" for file in re.findall(r"(?:file|root): (\S+)", contents)]
+    config.include_patterns = [
+        f"{file}.*" for file in re.findall(r"(?:file|root): (\S+)", contents)
+    ]
     options = config.html_theme_options
     if everywhere := dict.fromkeys(note for page in notes.values() for note in page):
         options["announcement"] = " ".join(everywhere)
