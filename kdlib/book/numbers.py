@@ -28,7 +28,7 @@ _MARKED = re.compile(
     rf"(?P<text>[−+]?{_NUMBER}%?(?: ± {_NUMBER})?(?: \(\d+\))?|\?)<!-- ref: (?P<name>.+?) -->"
 )
 _MARKER = re.compile(r"<!-- ref:")
-_CHAPTER = re.compile(r"\d\d_\w+(@\w+)?")
+_CHAPTER = re.compile(r"\d\d[a-z]?_\w+(@\w+)?")
 
 Statistic = Callable[..., Any]
 OF_A_ROW: dict[str, Statistic] = {
