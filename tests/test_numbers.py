@@ -54,7 +54,7 @@ def difference(paired: bool) -> tuple[float, float, float]:
         ("small one - big/low", f"{difference(False)[1]:.1f}"),
         ("small one - big/paired low", f"{difference(True)[1]:.1f}"),
         ("small one - big/paired high", f"{difference(True)[2]:.1f}"),
-        ("small one - big/paired half:.2f", f"{(difference(True)[2] - difference(True)[1]) / 2:.2f}"),
+        ("small one - big/half:.2f", f"{difference(False)[2] - difference(False)[0]:.2f}"),
         ("big - small one/paired difference", f"−{difference(True)[0]:.1f}"),
         ("small one - big/paired more", "5"),
         ("small one - big/paired fewer", "1"),
