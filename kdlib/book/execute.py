@@ -21,7 +21,9 @@ from kdlib.book import rehearsal
 from kdlib.book.chapters import BookError, Job, made, read_notebook, root, write_notebook
 
 # A change in these needs no new run.
-MAKERS = ("chapters.py", "cli.py", "execute.py", "rehearsal.py", "site.py", "sphinx_ext.py")
+MAKERS = (
+    "chapters.py", "cli.py", "execute.py", "numbers.py", "rehearsal.py", "site.py", "sphinx_ext.py"
+)  # fmt: skip
 # Bytes: a chapter's kernel takes one GiB at smoke, and its trainings share much of that.
 MEMORY = 2 * 2**30
 # papermill in a process of its own: it changes the working directory, which is a process's.
