@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.systems import Job, network
-from kdlib import loop
+from kdlib.precision import settings
 
 TURNS = 7
 
@@ -21,7 +21,7 @@ def matmul_rate(device: torch.device, precision: str, size: int) -> float:
     """Operations a second of a product of square matrices, at its best."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
-    with loop.settings(precision, device):
+    with settings(precision, device):
         return 2 * size**3 / _seconds(device, lambda: left @ right)
 
 

@@ -20,7 +20,9 @@ import torch
 import kdlib
 from benchmarks import limit, turns
 from benchmarks.systems import PEERS, Job, Task, network
-from kdlib import data, group, loop, losses, store
+from kdlib import data, loop, losses, memory, store
+from kdlib.precision import effective
+from kdlib.provenance import processor
 
 LENET = Task("lenet", "lenet-half", 64)
 PLAIN = Task("mlp-1200x1200", "mlp-800x800", 64)
@@ -81,7 +83,7 @@ def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
     """Every system on every task, a sweep, and stacks of growing size."""
     record = _header(scale, device)
     host = torch.device(device)  # bf16 is measured where the processor is fast at it
-    precisions = [p for p in ("fp32", "bf16") if loop.effective(p, host) == p]
+    precisions = [p for p in ("fp32", "bf16") if effective(p, host) == p]
     with tempfile.TemporaryDirectory() as folder:
         teachers, tasks = Path(folder), scale.tasks(LENET, PLAIN)
         _teach(tasks, scale, device, teachers)
@@ -89,11 +91,15 @@ def on_cpu(scale: Scale, device: str, save: Callable[[Record], None]) -> Record:
             jobs = [scale.job(task, peer, scale.samples) for peer in PEERS]
             for options in (
                 *({"precision": precision} for precision in precisions),
+                {"precision": precisions[-1], "threads": 1},
                 {"cached": False},
                 {"runs": scale.stack, "seed": 1},
                 {"runs": scale.stack, "seed": 1 + scale.stack, "cached": False},
             ):
                 jobs.append(scale.job(task, "kdlib", scale.samples, **options))
+            if torch.get_num_threads() > 1:
+                pair = {"runs": 2, "processes": 2, "precision": precisions[-1], "threads": 2}
+                jobs.append(scale.job(task, "kdlib-in-turn", scale.samples, **pair))
             record["comparisons"].append(_compare(jobs, scale, device, teachers))
             save(record)
         for task in tasks[:: len(scale.batches)]:
@@ -177,7 +183,7 @@ def _plan(job: Job) -> int:
     recipe = kdlib.Recipe(
         job.task.student, dataset=job.task.dataset, batch_size=job.task.batch_size
     )
-    return group.planned(recipe, job.runs, torch.device("cpu"))
+    return memory.planned(recipe, job.runs, torch.device("cpu"))
 
 
 def _teach(tasks: Sequence[Task], scale: Scale, device: str, folder: Path) -> None:
@@ -209,7 +215,7 @@ def _header(scale: Scale, device: str) -> Record:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "gpu": cuda,
-            "processor": group.processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.machine()}",

@@ -49,6 +49,7 @@ class Job:
     every: int  # steps a turn; the first turn is the warm-up
     runs: int = 1
     processes: int = 1  # side by side, each with its share of the runs and of the threads
+    threads: int | None = None  # of all processes together; by default those of the machine
     cached: bool = True
     precision: str = "fp32"
     temperatures: tuple[float, ...] = ()  # of the runs, in a cycle; by default the task's
@@ -63,6 +64,8 @@ class Job:
             parts.append(f"{self.runs} one by one" if apart else f"stack of {self.runs}")
         if self.processes > 1:
             parts.append(f"in {self.processes} processes")
+        if self.threads == 1:
+            parts.append("one thread")
         parts += ["" if self.cached else "teacher on every batch"]
         return ", ".join(part for part in parts if part)
 

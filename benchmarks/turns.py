@@ -78,7 +78,8 @@ def _crew(job: Job, device: str, teachers: Path) -> Iterator[Crew]:
     """Processes that wait for their turns, each with a share of the runs; gone at the end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.turns"])  # PyTorch is imported once, not run
-    share, threads = job.runs // job.processes, torch.get_num_threads() // job.processes
+    share = job.runs // job.processes
+    threads = (job.threads or torch.get_num_threads()) // job.processes
     crew, processes = Crew([]), []
     for number in range(job.processes):
         here, there = context.Pipe()

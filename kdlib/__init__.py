@@ -20,9 +20,10 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from kdlib import data, evaluate, losses, models
-from kdlib.loop import Stack, fit
+from kdlib.loop import fit
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, train, train_all
+from kdlib.stack import Stack
 from kdlib.weights import pretrained
 
 __all__ = [

@@ -33,6 +33,12 @@ def value(name: str, given: Any, rule: Rule) -> Any:
         refuse(name, given, rule.expected)
 
 
+def values(rules: dict[str, Rule], **given: Any) -> None:
+    """Raise ValueError for the first given value that its rule refuses."""
+    for name, one in given.items():
+        value(name, one, rules[name])
+
+
 def refuse(name: str, given: Any, expected: str) -> NoReturn:
     """Raise the one ValueError of a bad value."""
     raise ValueError(f"{name} is {given!r}: expected {expected}") from None
@@ -135,12 +141,17 @@ def in_a_step() -> Iterator[None]:
         _in_a_step.reset(token)
 
 
+def is_in_a_step() -> bool:
+    """Whether this is one of `fit`'s steps."""
+    return _in_a_step.get()
+
+
 def tensor(name: str, given: Tensor, holds: Callable[[Tensor], Tensor], expected: str) -> Tensor:
     """The tensor. Raises ValueError unless `holds` is true of each of its values.
 
     A CUDA tensor inside one of `fit`'s steps is not read: see `in_a_step`.
     """
-    if given.is_cuda and _in_a_step.get():
+    if given.is_cuda and is_in_a_step():
         return given
     if not bool(holds(given).all()):
         refuse(name, given.tolist(), expected)

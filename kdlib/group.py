@@ -1,33 +1,24 @@
-"""Recipes of one shape as one call of the loop: what they learn from, and how many fit."""
+"""Recipes of one shape as one call of `fit`: their samples, their targets, their results."""
 
-import contextlib
-import importlib.metadata
 import math
-import multiprocessing
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdlib import data, loop, losses, models
+from kdlib import data, loop, losses, models, progress
+from kdlib.precision import default_dtype, effective, settings
+from kdlib.provenance import provenance
 from kdlib.recipe import Recipe
-
-_SHAPE = (
-    "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
-)  # fmt: skip
-_AT_WORK = 2**27  # bytes: cuBLAS's workspaces, 32 MiB a stream on an H200, and a teacher
+from kdlib.stack import Stack
 
 
 class Teacher(Protocol):
-    """Whom a group learns from: a trained network, and its answers, which it remembers."""
+    """A trained network, and its logits, which it computes once."""
 
     def model(self) -> nn.Module: ...
     def logits(self, split: str, dataset: str) -> Tensor: ...
@@ -46,10 +37,11 @@ class Trained:
 
 
 def build(recipe: Recipe) -> nn.Module:
-    """The untrained network of a recipe, its weights drawn by the recipe's seed."""
+    """The untrained network of a recipe, on the CPU, its weights drawn by the recipe's seed."""
     options: dict[str, Any] = {"dropout": recipe.dropout} if any(recipe.dropout) else {}
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(recipe.seed)  # that of the CPU alone
+    # Whatever defaults a notebook has set, an fp32 recipe means float32 weights, drawn here.
+    with default_dtype(torch.float32), torch.device("cpu"), torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(recipe.seed)
         network = models.build(recipe.model, **options)
     return network.double() if recipe.precision == "fp64" else network
 
@@ -72,93 +64,21 @@ def training(recipe: Recipe, device: torch.device) -> data.Split:
     return dataset.train if recipe.validation else dataset.full
 
 
-def cut(
-    recipes: Sequence[Recipe], device: torch.device, stack: int | None = None
-) -> list[list[Recipe]]:
-    """Recipes in groups of one shape, each no larger than the device holds.
-
-    stack: the most runs a group. By default what fits into memory on a GPU, and one on a
-    CPU, where a stack is slower than its runs one by one (see the benchmark page). The same
-    recipes on the same device are cut in the same way. Raises MemoryError for a recipe that
-    does not fit even alone.
-    """
-    if stack is not None and stack < 1:
-        raise ValueError(f"stack is {stack}: expected None or a whole number, 1 or more")
-    shapes: dict[Any, list[Recipe]] = {}
-    for recipe in recipes:
-        shape = [getattr(recipe, field) for field in _SHAPE]
-        lesson = (bool(recipe.teacher), bool(recipe.teacher and recipe.jitter))
-        shapes.setdefault((*shape, steps(recipe, device), *lesson), []).append(recipe)
-    groups = []
-    for members in shapes.values():
-        most = _capacity(members[0], device)
-        size = min(most, stack or (most if device.type == "cuda" else 1))
-        groups += [members[start : start + size] for start in range(0, len(members), size)]
-    return groups
-
-
-def memory(recipe: Recipe, device: torch.device) -> int:
-    """Bytes that one more run of a stack takes at most, its data left out."""
-    network, samples = build(recipe), training(recipe, device)
-    weights = sum(weight.numel() for weight in network.parameters())
-    kind = next(network.parameters()).dtype
-    inputs = data.to_input(samples.images[:2].cpu()).to(kind)
-    outputs = 0
-
-    def count(_: nn.Module, __: Any, output: Tensor) -> None:
-        nonlocal outputs
-        outputs += output[0].numel()
-
-    for layer in network.modules():
-        if not list(layer.children()):
-            layer.register_forward_hook(count)
-    classes = _classes(network, inputs, recipe, device)
-    batch = max(recipe.batch_size, 2000)  # training or evaluation, whichever is larger
-    drawn = loop.BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
-    numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())
-    size: int = kind.itemsize
-    return size * numbers + 2 * drawn + len(samples) * classes * 4
-
-
-def planned(recipe: Recipe, runs: int, device: torch.device) -> int:
-    """Bytes that a group takes at most, with its data and what PyTorch keeps for its work."""
-    dataset = data.load(recipe.dataset, device)
-    images = dataset.full.images.numel() + dataset.test.images.numel()
-    return runs * memory(recipe, device) + 2 * images + _AT_WORK
-
-
-def _classes(network: nn.Module, inputs: Tensor, recipe: Recipe, device: torch.device) -> int:
-    """How many logits a network gives; ValueError where it cannot take or answer the data."""
-    needed, size = data.load(recipe.dataset, device).classes, tuple(inputs.shape[-2:])
+def classes(network: nn.Module, inputs: Tensor, recipe: Recipe, device: torch.device) -> int:
+    """How many logits a network gives. ValueError where it does not fit the recipe's dataset."""
+    expected, size = data.load(recipe.dataset, device).classes, tuple(inputs.shape[-2:])
     problem = f"the model {recipe.model!r} does not fit the dataset {recipe.dataset!r}"
     try:
-        classes: int = network(inputs).shape[-1]
+        found: int = network(inputs).shape[-1]
     except RuntimeError as error:
         raise ValueError(f"{problem}: it does not take images of {size} ({error})") from error
-    if classes < needed:
+    except AttributeError as error:
+        raise ValueError(f"{problem}: its output is no tensor of logits ({error})") from error
+    if found < expected:
         raise ValueError(
-            f"{problem}: it gives {classes} logits, expected one for each of {needed} classes"
+            f"{problem}: it gives {found} logits, expected one for each of {expected} classes"
         )
-    return classes
-
-
-def _capacity(recipe: Recipe, device: torch.device) -> int:
-    """How many runs of a recipe's shape the device holds, leaving a third of it free."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:  # Windows does not say
-        total = 8 * 2**30
-    needed = memory(recipe, device)
-    most = int((total * 2 / 3 - planned(recipe, 0, device)) // needed)
-    if most < 1:
-        raise MemoryError(
-            f"one run of {recipe.model!r} at batch_size={recipe.batch_size} needs about "
-            f"{needed / 2**30:.1f} GiB, more than {device} can give "
-            f"({total / 2**30:.1f} GiB): use a smaller batch_size or model"
-        )
-    return most
+    return found
 
 
 def train(
@@ -168,56 +88,73 @@ def train(
     resume: dict[str, Any] | None = None,
     on_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[Trained]:
-    """Train recipes of one shape together; on_state gets what `resume` takes, report by report."""
-    first = group[0]
-    dataset, samples = data.load(first.dataset, device), training(first, device)
-    held_out = "validation" if first.validation else "test"
-    watched: data.Split = getattr(dataset, held_out)
-    chosen = [rows(recipe, device) for recipe in group]
-    networks = [build(recipe).to(device) for recipe in group]
-    model = networks[0] if len(group) == 1 else loop.Stack(networks)
-    taught, teacher, loss = _lesson(group, device, teachers)
-    precision = loop.effective(first.precision, device)
+    """Train recipes of one shape together.
+
+    on_state: called after each report but the last with what `resume` takes.
+    """
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
-    length = steps(first, device)
-    with _progress(group, length * first.batch_size / len(chosen[0])) as show:
 
-        def on_report(state: loop.State) -> None:
-            show(state)
-            if on_state is not None and state.step < state.steps:
-                on_state(state.snapshot() | {"seconds": time.monotonic() - started})
+    def save(state: loop.State) -> None:
+        if on_state is not None and state.step < state.steps:
+            on_state(state.snapshot() | {"seconds": time.monotonic() - started})
 
-        curves = loop.fit(
-            model,
-            [samples.images, samples.labels, *taught],
-            loss,
-            steps=length,
-            batch_size=first.batch_size,
-            learning_rate=_field(group, "learning_rate"),
-            momentum=_field(group, "momentum"),
-            schedule=first.schedule,
-            max_norm=first.max_norm,
-            jitter=_field(group, "jitter"),
-            rows=_one(chosen),
-            teacher=teacher,
-            precision=precision,
-            seed=_field(group, "seed"),
-            evaluate={held_out: (watched.images, watched.labels)},
-            on_report=on_report,
-            resume=resume,
-        )
+    networks = [build(recipe).to(device) for recipe in group]
+    model = networks[0] if len(group) == 1 else Stack(networks)
+    with default_dtype(torch.float32):
+        curves = _fit(group, model, device, teachers, resume, save)
     share = (time.monotonic() - started) / len(group)
-    states = model.unstack() if isinstance(model, loop.Stack) else [model.state_dict()]
+    origin = provenance(device, effective(group[0].precision, device))
+    states = model.unstack() if isinstance(model, Stack) else [model.state_dict()]
     results = []
-    origin = provenance(device, precision)
-    for number, (recipe, network, weights) in enumerate(zip(group, networks, states, strict=True)):
+    for run, (recipe, network, weights) in enumerate(zip(group, networks, states, strict=True)):
         network.load_state_dict(weights)
-        own = _own(curves, number) if isinstance(model, loop.Stack) else curves
-        with loop.settings("fp32", device):
-            metrics = _metrics(network.eval(), recipe, dataset, samples[chosen[number]], own)
+        own = _curves_of(run, curves) if isinstance(model, Stack) else curves
+        with settings("fp32", device):
+            metrics = _metrics(network.eval(), recipe, device, own)
         weights = {name: weight.cpu() for name, weight in weights.items()}
         results.append(Trained(metrics, own, weights, share, origin))
     return results
+
+
+def _fit(
+    group: Sequence[Recipe],
+    model: nn.Module,
+    device: torch.device,
+    teachers: Mapping[Recipe, Teacher],
+    resume: dict[str, Any] | None,
+    save: Callable[[loop.State], None],
+) -> loop.Curves:
+    """The group's call of `fit`, with a progress bar."""
+    first, samples = group[0], training(group[0], device)
+    held_out = "validation" if first.validation else "test"
+    watched: data.Split = getattr(data.load(first.dataset, device), held_out)
+    cached_logits, teacher, loss = _targets(group, device, teachers)
+    length, chosen = steps(first, device), [rows(recipe, device) for recipe in group]
+    epochs = length * first.batch_size / len(chosen[0])
+    shared = {name: getattr(first, name) for name in ("batch_size", "schedule", "max_norm")}
+    own = {name: _field(group, name) for name in ("learning_rate", "momentum", "jitter", "seed")}
+    with progress.of_a_training(first.model, len(group), epochs) as show:
+
+        def on_report(state: loop.State) -> None:
+            show(state)
+            save(state)
+
+        # A recipe's run has a status, which tells what the warning would.
+        with warnings.catch_warnings(action="ignore", category=loop.Diverged):
+            return loop.fit(
+                model,
+                [samples.images, samples.labels, *cached_logits],
+                loss,
+                **shared,
+                **own,
+                steps=length,
+                precision=first.precision,
+                rows=_one(chosen),
+                teacher=teacher,
+                evaluate={held_out: (watched.images, watched.labels)},
+                on_report=on_report,
+                resume=resume,
+            )
 
 
 class _Committee(nn.Module):
@@ -231,25 +168,29 @@ class _Committee(nn.Module):
         return torch.stack([member(inputs) for member in self.members]).mean(0)
 
 
-def _lesson(
+def _targets(
     group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
 ) -> tuple[list[Any], nn.Module | None, loop.Loss]:
-    """What a group learns from: further targets, a teacher for each batch, the loss."""
+    """What a group is trained on: cached logits, or a teacher for each batch; and the loss."""
     if not group[0].teacher:
         return [], None, losses.cross_entropy
-    scale, share = _field(group, "temperature"), _field(group, "hard_weight")
+    temperature, hard_weight = _field(group, "temperature"), _field(group, "hard_weight")
     if len(group) > 1:
         exact = torch.float64 if group[0].precision == "fp64" else torch.float32
-        scale, share = (torch.tensor(v, dtype=exact, device=device) for v in (scale, share))
+        hard_weight = torch.tensor(hard_weight, dtype=exact, device=device)
+        # On a GPU the loss cannot look at the temperatures, so their dtype has to decide.
+        exact = torch.float64 if max(temperature) > losses.HIGHEST_IN_FLOAT32 else exact
+        temperature = torch.tensor(temperature, dtype=exact, device=device)
 
-    def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
         return losses.distillation_loss(
-            logits, taught, labels, temperature=scale, hard_weight=share
+            logits, soft_targets, labels, temperature=temperature, hard_weight=hard_weight
         )
 
-    if any(recipe.jitter for recipe in group):  # inputs change: ask the teacher each time
+    # Where the inputs change, the teacher has to see each batch.
+    if any(recipe.jitter for recipe in group):
         committees = [_Committee([teachers[t].model() for t in r.teacher]) for r in group]
-        return [], committees[0] if len(group) == 1 else loop.Stack(committees), loss
+        return [], committees[0] if len(group) == 1 else Stack(committees), loss
     return [_one([answers(recipe, teachers) for recipe in group])], None, loss
 
 
@@ -268,32 +209,30 @@ def _one(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _own(curves: loop.Curves, number: int) -> loop.Curves:
+def _curves_of(run: int, curves: loop.Curves) -> loop.Curves:
     """The curves of one run of a stack."""
     return {
-        name: values if name == "step" else [value[number] for value in values]
+        name: values if name == "step" else [value[run] for value in values]
         for name, values in curves.items()
     }
 
 
 def _metrics(
-    network: nn.Module,
-    recipe: Recipe,
-    dataset: data.Dataset,
-    samples: data.Split,
-    curves: loop.Curves,
+    network: nn.Module, recipe: Recipe, device: torch.device, curves: loop.Curves
 ) -> dict[str, Any]:
     """Errors on the held-out samples, and whether the training diverged.
 
     Diverged: a loss or logits that are not finite, or one and the same answer to all of
     the training samples, which have several labels. One dead class is no divergence.
     """
+    dataset = data.load(recipe.dataset, device)
     metrics: dict[str, Any] = {"status": "ok"}
     for name in ("validation", "test") if recipe.validation else ("test",):
         split = getattr(dataset, name)
         errors = loop.count_errors(network, split.images, split.labels)
         metrics[f"{name}_errors"] = errors
         metrics[f"{name}_accuracy"] = 1 - errors / len(split)
+    samples = training(recipe, device)[rows(recipe, device)]
     some = samples[:: max(1, len(samples) // 1000)]
     logits = loop.predict(network, some.images)
     constant = len(some.labels.unique()) > 1 and len(logits.argmax(-1).unique()) == 1
@@ -301,51 +240,3 @@ def _metrics(
     if constant or not finite:
         metrics["status"] = "diverged"
     return metrics
-
-
-def provenance(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
-    """Where a run comes from: device, versions, threads, date. No part of its key."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kdlib": _version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kdlib")
-    except importlib.metadata.PackageNotFoundError:  # imported from a clone, as notebooks do
-        return "not installed"
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    path = Path("/proc/cpuinfo")  # Linux; others tell Python
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def _progress(group: Sequence[Recipe], epochs: float) -> Iterator[Callable[[loop.State], None]]:
-    """One bar for a group, in a terminal only: runs x epochs, loss, accuracy, errors so far."""
-    from tqdm import tqdm  # a bare machine measures without it
-
-    name = f"{group[0].model}, {len(group)} run{'s'[: len(group) > 1]} x {epochs:.3g} epochs"
-    quiet = not sys.stderr.isatty() or multiprocessing.parent_process() is not None
-    with tqdm(desc=name, unit="step", disable=quiet, leave=False) as bar:
-
-        def show(state: loop.State) -> None:
-            bar.total = state.steps * len(group)
-            last = {name: values[-1] for name, values in state.curves.items() if name != "step"}
-            mean = {k: sum(v) / len(v) if isinstance(v, list) else v for k, v in last.items()}
-            bar.set_postfix({name: f"{value:.4g}" for name, value in mean.items()}, refresh=False)
-            bar.update(state.step * len(group) - bar.n)
-
-        yield show

@@ -4,20 +4,25 @@ Every loss is a mean over the batch. Leading dimensions are free: logits (..., b
 classes) give a loss of shape (...), so a stack of runs is one call. The dtype is kept.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Number = float | Tensor  # a tensor holds one value a run, of the loss's shape (...)
+from kdlib import check
+
+Number = float | Tensor  # a tensor holds one value per run, of the loss's shape (...)
+
+HIGHEST_IN_FLOAT32 = 100.0  # the highest temperature at which float32 holds the divergence's digits
+HIGHEST_IN_FLOAT64 = 1e6  # and the highest at which float64 does
 
 
 def soften(logits: Tensor, temperature: Number) -> Tensor:
     """Class probabilities at a temperature: softmax(logits / T).
 
-    logits: (..., classes), any real numbers. Returns the same shape, rows summing to 1.
-    Raises ValueError unless temperature is finite and positive.
+    logits: (..., classes), any real numbers. temperature: a number, or a tensor of one value
+    per run for logits (..., batch, classes). Returns the same shape, rows summing to 1.
+    Raises ValueError unless the temperature is finite and positive.
     Hinton et al. 2015, eq. 1; introduced in chapter 3.
     """
     return log_soften(logits, temperature).exp()
@@ -25,10 +30,13 @@ def soften(logits: Tensor, temperature: Number) -> Tensor:
 
 def log_soften(logits: Tensor, temperature: Number) -> Tensor:
     """The logarithm of `soften`, exact where probabilities underflow."""
-    scale = _checked(temperature)
-    if isinstance(scale, Tensor):
-        scale = scale[..., None, None]
-    return torch.log_softmax(logits / scale, dim=-1)
+    return _log_soften(logits, _checked_temperature(temperature))
+
+
+def _log_soften(logits: Tensor, temperature: Number) -> Tensor:
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None, None]
+    return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,13 +56,23 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     """T² KL(teacher || student) of the softened probabilities, mean over the batch.
 
     Both logits: (..., batch, classes). Returns (...), in nats, zero where the logits agree
-    up to a constant. Its gradient is that of the cross-entropy with the soft targets; T²
-    keeps the gradient's size as T grows. Hinton et al. 2015, section 2; chapter 4.
+    up to a constant. Its gradient is T² times that of the cross-entropy with
+    the soft targets, which keeps its size as T grows. A teacher's logit of -inf gives a
+    probability of 0.
+    Raises ValueError for shapes that differ and temperatures that are not in (0, 1e6].
+    Hinton et al. 2015, section 2; introduced in chapter 4.
     """
-    teacher = log_soften(teacher_logits, temperature)
-    student = log_soften(student_logits, temperature)
+    _same_shape(student_logits, teacher_logits)
+    temperature = _checked_temperature(temperature)
+    kind = student_logits.dtype
+    if _needs_float64(temperature):
+        student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+    teacher = _log_soften(teacher_logits, temperature)
+    student = _log_soften(student_logits, temperature)
+    # A probability of 0 contributes 0: without the bound, 0 · -inf would be NaN.
+    teacher = teacher.clamp(min=torch.finfo(teacher.dtype).min / 4)
     divergence = (teacher.exp() * (teacher - student)).sum((-2, -1))
-    return divergence * (temperature**2 / student.shape[-2])
+    return (divergence * (temperature**2 / student.shape[-2])).to(kind)
 
 
 def distillation_loss(
@@ -69,16 +87,14 @@ def distillation_loss(
 
     student_logits, teacher_logits: (..., batch, classes); targets: int64 (..., batch), or
     None where hard_weight is 0. Returns the mean over the batch, shape (...), in nats.
-    Raises ValueError for a temperature that is not finite and positive, a hard_weight
-    outside [0, 1], or shapes that differ. Hinton et al. 2015, section 2; chapter 4.
+    Raises ValueError for a temperature outside (0, 1e6], a hard_weight outside [0, 1], or
+    shapes that differ. Tensors on a GPU are not checked inside `fit`.
+    Hinton et al. 2015, section 2; introduced in chapter 4.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits "
-            f"{tuple(teacher_logits.shape)} differ in shape: score the same batch with both"
-        )
-    if not isinstance(hard_weight, Tensor) and not 0 <= hard_weight <= 1:
-        raise ValueError(f"hard_weight is {hard_weight}: expected a number in [0, 1]")
+    if isinstance(hard_weight, Tensor):
+        check.tensor("hard_weight", hard_weight, lambda w: (w >= 0) & (w <= 1), "numbers in [0, 1]")
+    else:
+        check.value("hard_weight", hard_weight, check.number(0, 1))
     soft = soft_loss(student_logits, teacher_logits, temperature)
     if targets is None:
         if isinstance(hard_weight, Tensor) or hard_weight != 0:
@@ -89,11 +105,13 @@ def distillation_loss(
 
 
 def logit_matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Half the mean squared difference of zero-meaned logits, over classes and batch.
+    """Half the mean squared difference of centred logits, over classes and batch.
 
     Both logits: (..., batch, classes). Returns (...). The limit of `soft_loss` for T much
-    larger than the logits. Hinton et al. 2015, section 2.1, after Bucila et al. 2006.
+    larger than the logits. Raises ValueError for shapes that differ.
+    Ba and Caruana 2014; Hinton et al. 2015, section 2.1; introduced in chapter 3.
     """
+    _same_shape(student_logits, teacher_logits)
     gap = student_logits - teacher_logits
     gap = gap - gap.mean(-1, keepdim=True)
     return gap.square().mean(-1).mean(-1) / 2
@@ -116,9 +134,35 @@ def ensemble_soft_targets(
     raise ValueError(f"mean is {mean!r}: expected 'arithmetic' or 'geometric'")
 
 
-def _checked(temperature: Number) -> Number:
-    if isinstance(temperature, Tensor):  # one per run, checked where the recipe was made
-        return temperature
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}: expected a finite number above 0")
+def _same_shape(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    # Shapes that only broadcast would compare each sample with every other one.
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits "
+            f"{tuple(teacher_logits.shape)} differ in shape: score the same batch with both"
+        )
+
+
+def _checked_temperature(temperature: Number) -> Number:
+    if isinstance(temperature, Tensor):
+        expected = "finite numbers above 0"
+        return check.tensor("temperature", temperature, lambda t: (t > 0) & t.isfinite(), expected)
+    check.value("temperature", temperature, check.POSITIVE)
     return temperature
+
+
+def _needs_float64(temperature: Number) -> bool:
+    """Whether float32 would lose the divergence, which falls as 1 / T² while its terms do not.
+
+    A tensor on a GPU is not read inside `fit`; give it as float64 where it is above 100.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.is_cuda and check.is_in_a_step():
+            return temperature.dtype == torch.float64
+        temperature = float(temperature.max())
+    if temperature > HIGHEST_IN_FLOAT64:
+        raise ValueError(
+            f"temperature is {temperature:g}: expected at most {HIGHEST_IN_FLOAT64:g}, "
+            "beyond which no digit of the divergence is left; use logit_matching_loss, its limit"
+        )
+    return temperature > HIGHEST_IN_FLOAT32

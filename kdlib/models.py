@@ -10,10 +10,10 @@ _registered: dict[str, Callable[..., nn.Module]] = {}
 
 
 class MLP(nn.Module):
-    """Fully connected ReLU network: 784 -> widths -> classes, dropout where it is asked for.
+    """Fully connected ReLU network: inputs -> widths -> classes, with dropout if any.
 
-    Input (..., 1, 28, 28), output logits (..., classes). dropout: the chances of dropping an
-    input pixel and a hidden unit. Hinton et al. 2015, section 3; rates: arXiv 1207.0580.
+    Input (..., 1, 28, 28), output logits (..., classes). dropout: the probabilities of dropping
+    an input pixel and a hidden unit. Hinton et al. 2015, section 3; rates: arXiv 1207.0580.
     """
 
     def __init__(
@@ -33,9 +33,11 @@ class MLP(nn.Module):
         return self.layers(images)  # type: ignore[no-any-return]
 
 
-class _Planes(nn.Module):
-    """Each channel's plane in one piece: pooling them on a CPU, and back, then takes half the
-    time that it takes where channels lie last, as the convolution leaves them."""
+class _PlaneByPlane(nn.Module):
+    """Copies the convolution's output, whose channels are last in memory, to channels first.
+
+    On a CPU, max pooling and its gradient then take half the time.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         return images.contiguous()
@@ -68,13 +70,15 @@ class LeNet(nn.Module):
 class LeNetHalf(nn.Module):
     """The article's student: one 5 x 5 convolution with 3 channels, then the logits.
 
-    Input (N, 1, 28, 28), output logits (N, classes). relu_logits puts the article's ReLU on
-    the logits, which chapter 5 shows to be its undoing: it is another network, with a name.
+    Input (N, 1, 28, 28), output logits (N, classes). relu_logits: end in a ReLU, as the article's
+    code does, which kills classes (chapter 5); that network has a name of its own.
     """
 
     def __init__(self, classes: int = 10, relu_logits: bool = False) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 3, 5), _Planes(), nn.ReLU(), nn.MaxPool2d(2))
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 3, 5), _PlaneByPlane(), nn.ReLU(), nn.MaxPool2d(2)
+        )
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(432, classes))
         if relu_logits:
             self.classifier.append(nn.ReLU())
@@ -95,15 +99,15 @@ def _dropout(chance: float) -> list[nn.Module]:
 
 
 def names() -> list[str]:
-    """The names that `build` knows; besides, mlp-W, mlp-WxW… for any widths."""
+    """The names that `build` knows, apart from mlp-W, mlp-WxW… for any widths."""
     return [*_BUILT_IN, *_registered]
 
 
 def register(name: str, factory: Callable[..., nn.Module]) -> None:
-    """Give your own network a name for recipes: factory(**options) -> nn.Module.
+    """Give your own network a name for recipes: factory() -> nn.Module.
 
-    The network takes images as `data.to_input` makes them and returns logits.
-    Raises ValueError for a built-in name.
+    The network takes images as `data.to_input` makes them and returns logits. A name that is
+    registered again stands for the new network. Raises ValueError for a built-in name.
     """
     if name in _BUILT_IN or name.startswith("mlp-"):
         raise ValueError(f"model name {name!r} is built in: choose another name")
@@ -116,9 +120,9 @@ def registered(name: str) -> Callable[..., nn.Module] | None:
 
 
 def widths(name: str) -> tuple[int, ...] | None:
-    """The hidden widths that an mlp- name spells, or None: "mlp-800x800" -> (800, 800)."""
-    spelt = re.fullmatch(r"mlp-([1-9]\d*(?:x[1-9]\d*)*)", name)
-    return tuple(map(int, spelt[1].split("x"))) if spelt else None
+    """The hidden widths in an mlp- name, or None: "mlp-800x800" -> (800, 800)."""
+    match = re.fullmatch(r"mlp-([1-9]\d*(?:x[1-9]\d*)*)", name)
+    return tuple(map(int, match[1].split("x"))) if match else None
 
 
 def build(name: str, **options: object) -> nn.Module:

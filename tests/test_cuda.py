@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kdlib
-from kdlib import data, group, loop, losses, models
+from kdlib import data, fast, group, loop, losses, memory, models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NETS = ("mlp-32x32", "lenet-half")
@@ -48,7 +48,7 @@ def test_the_captured_step_computes_what_the_step_does(
     name: str, runs: int, precision: str, digits: data.Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured = train(network(name, runs), digits, precision=precision)
-    monkeypatch.setattr(loop, "_captured", lambda step, *_: step)
+    monkeypatch.setattr(fast, "captured", lambda step, *_: step)
     plain = train(network(name, runs), digits, precision=precision)
     assert all(map(torch.equal, captured, plain))
 
@@ -125,6 +125,27 @@ def test_a_step_that_cannot_be_captured_trains_without_a_graph(digits: data.Spli
     train(network("mlp-32x32"), digits)  # the next one is captured as ever
 
 
+def test_a_loss_with_tensors_of_temperatures_is_captured_and_checked_outside_fit(
+    digits: data.Split,
+) -> None:
+    settings = {
+        "temperature": torch.tensor([2.0, 8.0]).cuda(),
+        "hard_weight": torch.zeros(2).cuda(),
+    }
+    soft = torch.randn(2, 600, 10).cuda()
+
+    def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        return losses.distillation_loss(logits, taught, labels, **settings)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that no graph was captured
+        pair = [digits.images, digits.labels, list(soft)]
+        loop.fit(network("mlp-32x32", 2), pair, loss, steps=5, batch_size=50)
+    settings["temperature"][1] = -1
+    with pytest.raises(ValueError, match="temperature is"):
+        loss(soft, digits.labels.expand(2, -1), soft)
+
+
 @pytest.mark.parametrize("runs", [1, 32])
 @pytest.mark.parametrize("jitter", [0, 2])
 @pytest.mark.parametrize("name", ["mlp-300x300", "lenet"])
@@ -136,7 +157,7 @@ def test_a_group_takes_no_more_memory_than_planned(name: str, jitter: int, runs:
     before = torch.cuda.memory_allocated()
     group.train([recipe.replace(seed=seed) for seed in range(runs)], device, {})
     taken = torch.cuda.max_memory_allocated() - before
-    assert taken <= group.planned(recipe, runs, device)
+    assert taken <= memory.planned(recipe, runs, device)
 
 
 def test_a_sweep_with_teachers_of_its_own_trains_on_the_gpu() -> None:

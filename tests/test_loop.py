@@ -12,7 +12,8 @@ from helpers import blobs, numbers
 from torch import Tensor, nn
 
 import kdlib
-from kdlib import loop, losses, models
+from kdlib import batches, fast, loop, losses, models, sgd
+from kdlib.precision import settings
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = blobs(train=120, test=40)
 CE = losses.cross_entropy
@@ -206,7 +207,7 @@ def test_only_the_rows_asked_for_are_seen() -> None:
 
 def test_long_trainings_are_drawn_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stream(steps=23)
-    monkeypatch.setattr(loop, "BLOCK", 4)
+    monkeypatch.setattr(batches, "BLOCK", 4)
     assert stream(steps=23) == whole
 
 
@@ -465,9 +466,47 @@ def test_a_training_that_diverged_ends_early() -> None:
     assert not math.isfinite(curves["train_loss"][-1])
 
 
+def test_a_training_that_stops_early_warns() -> None:
+    images = torch.full((120, 1, 28, 28), math.nan)
+    with pytest.warns(loop.Diverged, match="stopped after 6 of 300 steps: its loss is not finite"):
+        loop.fit(network(), (images, LABELS), CE, epochs=50, batch_size=20, report_every=6)
+
+
+def test_without_what_makes_it_fast_the_loop_trains_the_same_networks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(stacked: bool) -> list[Tensor]:
+        runs = [network("mlp-12x12", seed=seed).double() for seed in range(2)]
+        model = kdlib.Stack(runs) if stacked else runs[0]
+        loop.fit(model, (IMAGES, LABELS), CE, epochs=4, batch_size=20, jitter=1, precision="fp64")
+        return weights(model)
+
+    quick = train(False), train(True)
+    plain: dict[str, Any] = {
+        "prepared": lambda step, *_: step,
+        "fused_update": lambda w, v, momentum: sgd.update_rule(w, v, torch.tensor(momentum), False),
+        "transposed_in_memory": lambda weight: weight,
+        "without_denormals": lambda velocity: None,
+    }
+    calls = dict.fromkeys(plain, 0)
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return plain[name](*arguments)
+
+        return call
+
+    for name in plain:
+        monkeypatch.setattr(fast, name, counted(name))
+    for one, other in zip(quick, (train(False), train(True)), strict=True):
+        assert gap(one, other) < 1e-12
+    assert all(calls.values())
+
+
 def test_a_trainings_settings_leave_cudnn_on() -> None:
     """PyTorch's own context manager switches it off unless it is told not to."""
-    with loop.settings("fp32", torch.device("cpu")):
+    with settings("fp32", torch.device("cpu")):
         assert torch.backends.cudnn.enabled
 
 
@@ -485,9 +524,39 @@ def test_a_stacks_weights_lie_as_their_gradients_do(name: str) -> None:
 
 def test_networks_with_buffers_make_no_stack() -> None:
     runs = [nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)) for _ in range(2)]
-    with pytest.raises(ValueError, match=r"Sequential has buffers \(1.running_mean.*one at a time"):
+    with pytest.raises(ValueError, match=r"has buffers or .* \(1.running_mean.*one at a time"):
         kdlib.Stack(runs)
     loop.fit(runs[0], (IMAGES, LABELS), CE, steps=2, batch_size=8)  # alone it trains
+
+
+class Tied(nn.Module):
+    """Two layers that share their weights, and optionally a view of them."""
+
+    def __init__(self, view: bool = False) -> None:
+        super().__init__()
+        self.inputs, self.first, self.second = (nn.Linear(784, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        self.second.weight = self.first.weight
+        self.view = nn.Parameter(self.first.weight.data[:1]) if view else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(self.inputs(images.flatten(-3))).relu())
+
+
+def test_tied_weights_train_in_a_stack_as_they_do_alone() -> None:
+    labels = LABELS % 8
+    torch.manual_seed(0)
+    runs = [Tied().double() for _ in range(2)]
+    stack = kdlib.Stack(runs)
+    loop.fit(stack, (IMAGES, labels), CE, epochs=2, batch_size=20, precision="fp64", seed=[0, 1])
+    for seed, (alone, state) in enumerate(zip(runs, stack.unstack(), strict=True)):
+        loop.fit(alone, (IMAGES, labels), CE, epochs=2, batch_size=20, precision="fp64", seed=seed)
+        assert alone.state_dict().keys() == state.keys()
+        assert gap(list(alone.state_dict().values()), list(state.values())) < 1e-12
+
+
+def test_parameters_that_are_views_make_no_stack() -> None:
+    with pytest.raises(ValueError, match="Tied has buffers or parameters that are views"):
+        kdlib.Stack([Tied(view=True) for _ in range(2)])
 
 
 # --- max-norm and jitter
@@ -633,6 +702,91 @@ def test_bug_the_student_left_in_eval_mode_after_the_first_evaluation() -> None:
     assert not model.training
 
 
+# --- what users bring
+
+
+class Outputs(nn.Module):
+    """A network that does not return a tensor of logits."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.layer(images.flatten(1))
+        return {"logits": logits} if self.kind is dict else (logits, logits)
+
+
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_a_network_that_returns_no_tensor_is_refused_in_a_line(kind: type) -> None:
+    with pytest.raises(ValueError, match=rf"the Outputs returns a {kind.__name__}: expected a t"):
+        loop.fit(Outputs(kind), (IMAGES, LABELS), CE, steps=1)
+    with pytest.raises(ValueError, match=rf"the Outputs returns a {kind.__name__}"):
+        loop.fit(network(), (IMAGES, LABELS), CE, steps=1, teacher=Outputs(kind))
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_a_teacher_of_another_precision_gives_the_students_its_logits(precision: str) -> None:
+    teacher, seen = network(seed=1), []
+
+    def loss(logits: Tensor, labels: Tensor, images: Tensor, taught: Tensor) -> Tensor:
+        seen.append((images, taught))
+        assert taught.dtype == logits.dtype
+        return losses.soft_loss(logits, taught, 4.0)
+
+    loop.fit(network(), (IMAGES, LABELS, IMAGES), loss, steps=2, batch_size=20,
+             precision=precision, teacher=teacher)  # fmt: skip
+    images, taught = seen[0]
+    expected = loop.predict(teacher, images)
+    torch.testing.assert_close(taught.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_a_data_loader_is_refused_with_what_to_pass() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS))
+    with pytest.raises(ValueError, match=r"data hold a .*pass the tensors of its dataset"):
+        loop.fit(network(), loader, CE, steps=1)  # type: ignore[arg-type]
+
+
+def test_integer_inputs_train_an_embedding() -> None:
+    words = torch.randint(20, (200, 5), generator=torch.Generator().manual_seed(0))
+    labels = (words == 3).any(1).long()
+    model = nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 2))
+    curves = loop.fit(model, (words, labels), CE, epochs=60, batch_size=20, learning_rate=0.5)
+    assert curves["train_accuracy"][-1] > 0.9
+    assert loop.count_errors(model, words, labels) < 20
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_images_of_three_channels_train_and_are_translated_as_one(runs: int | None) -> None:
+    def colour() -> nn.Module:
+        return nn.Sequential(nn.Flatten(-3), nn.Linear(3 * 28 * 28, 10))
+
+    images = IMAGES[:, None].repeat(1, 3, 1, 1)
+    model = kdlib.Stack([colour(), colour()]) if runs else colour()
+    shown: list[Tensor] = []
+
+    def loss(logits: Tensor, labels: Tensor, pictures: Tensor) -> Tensor:
+        shown.append(pictures)
+        return CE(logits, labels)
+
+    curves = loop.fit(model, (images, LABELS, images), loss, epochs=3, batch_size=20, jitter=2)
+    assert np.all(np.array(curves["train_loss"][-1]) < 2)
+    assert shown[0].shape[-3:] == (3, 28, 28)
+    assert loop.predict(model, images).shape[-2:] == (120, 10)
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    settings: dict[str, Any] = {
+        "steps": np.int64(3), "batch_size": np.int32(8), "learning_rate": np.float32(0.5),
+        "seed": np.int64(4), "jitter": np.int64(1), "momentum": np.float64(0.5),
+    }  # fmt: skip
+    plain = {name: value.item() for name, value in settings.items()}
+    first, second = network(), network()
+    loop.fit(first, (IMAGES, LABELS), CE, **settings)
+    loop.fit(second, (IMAGES, LABELS), CE, **plain)
+    assert same(weights(first), weights(second))
+
+
 # --- predictions
 
 
@@ -660,16 +814,16 @@ def test_predictions_come_batch_by_batch_and_without_gradients() -> None:
         ({"schedule": "step"}, "schedule is 'step': expected one of one-cycle, cosine, constant"),
         ({"learning_rate": [0.1, 0.2]}, "learning_rate has 2 values"),
         ({"momentum": [0.1, 0.2]}, "momentum has 2 values"),
-        ({"seed": [0, 1]}, "seed has 2 values: expected 1, one a run"),
-        ({"jitter": [0, 1, 2]}, "jitter has 3 values: expected 1, one a run"),
-        ({"learning_rate": -0.1}, r"learning_rate is -0.1: expected numbers in \[0, ∞\)"),
+        ({"seed": [0, 1]}, "seed has 2 values: expected 1, one per run"),
+        ({"jitter": [0, 1, 2]}, "jitter has 3 values: expected 1, one per run"),
+        ({"learning_rate": -0.1}, r"learning_rate is -0.1: expected a finite number from 0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"momentum": 1.0}, r"momentum is 1.0: expected numbers in \[0, 1\)"),
-        ({"jitter": -1}, "jitter is -1: expected pixels from 0"),
+        ({"momentum": 1.0}, r"momentum is 1.0: expected a number in \[0, 1\)"),
+        ({"jitter": -1}, "jitter is -1: expected a whole number, 0 or more"),
         ({"jitter": 28}, "jitter is 28: expected pixels from 0"),
         ({"rows": torch.tensor([1, 120])}, "rows are .* to 120: expected int64, .* from 0 to 119"),
         ({"rows": LABELS == 0}, "rows are torch.bool .*: expected int64"),
-        ({"rows": [torch.arange(3)] * 2}, "rows has 2 values: expected 1, one a run"),
+        ({"rows": [torch.arange(3)] * 2}, "rows has 2 values: expected 1, one per run"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -730,7 +884,7 @@ def test_data_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match=r"data have \[0, 0\] samples: .* above 0"):
         loop.fit(network(), (IMAGES[:0], LABELS[:0]), CE)
     for wrong in (IMAGES, (IMAGES.numpy(), LABELS.numpy())):
-        with pytest.raises(ValueError, match=r"data hold .*: expected tensors, \(inputs, \*targ"):
+        with pytest.raises(ValueError, match=r"data hold a .*: expected \(inputs, \*targ"):
             loop.fit(network(), wrong, CE)
     with pytest.raises(ValueError, match=r"data have \[\] samples"):
         loop.fit(network(), (), CE)

@@ -23,7 +23,19 @@ from helpers import FORKS, blobs, exit_codes, numbers, process
 from torch import Tensor, nn
 
 import kdlib
-from kdlib import Recipe, data, evaluate, group, loop, losses, models, runs, store
+from kdlib import (
+    Recipe,
+    data,
+    evaluate,
+    group,
+    loop,
+    losses,
+    memory,
+    models,
+    provenance,
+    runs,
+    store,
+)
 
 CPU = torch.device("cpu")
 MIXED = {"dropout": (0.2, 0.5), "jitter": 1, "max_norm": 2.0}
@@ -203,7 +215,7 @@ def test_a_clone_that_is_not_installed_trains_too(monkeypatch: pytest.MonkeyPatc
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert group.provenance(torch.device("cpu"))["kdlib"] == "not installed"
+    assert provenance.provenance(torch.device("cpu"))["kdlib"] == "not installed"
 
 
 def test_provenance_says_where_a_run_comes_from() -> None:
@@ -367,20 +379,20 @@ def test_the_loss_is_the_recipes(asked: list[dict[str, Any]]) -> None:
 
 def test_recipes_of_one_shape_are_cut_alike() -> None:
     recipes = [small(seed=seed) for seed in range(5)]
-    assert [len(members) for members in group.cut(recipes, CPU, 2)] == [2, 2, 1]
-    assert [len(members) for members in group.cut(recipes, CPU)] == [1] * 5
+    assert [len(members) for members in memory.cut(recipes, CPU, 2)] == [2, 2, 1]
+    assert [len(members) for members in memory.cut(recipes, CPU)] == [1] * 5
     own = {"learning_rate": 0.2, "momentum": 0.5, "seed": 9, "subset_seed": 3, "jitter": 1}
-    assert len(group.cut([small(), small(**own)], CPU, 9)) == 1
+    assert len(memory.cut([small(), small(**own)], CPU, 9)) == 1
     pair = [student(), student().replace(temperature=2, hard_weight=0, teacher=(small(seed=8),))]
-    assert len(group.cut(pair, CPU, 9)) == 1
+    assert len(memory.cut(pair, CPU, 9)) == 1
     shape = {
         "model": "mlp-17", "dataset": "blobs-with-other-test-labels", "dropout": (0, 0.5),
         "batch_size": 10, "schedule": "cosine", "max_norm": 1.0, "precision": "fp64",
         "validation": True, "epochs": 4, "fraction": 0.5,
     }  # fmt: skip
     for name, value in shape.items():
-        assert len(group.cut([small(), small(**{name: value})], CPU, 9)) == 2
-    assert len(group.cut([small(), student().replace(model="mlp-16")], CPU, 9)) == 2
+        assert len(memory.cut([small(), small(**{name: value})], CPU, 9)) == 2
+    assert len(memory.cut([small(), student().replace(model="mlp-16")], CPU, 9)) == 2
 
 
 class TinyNet(nn.Sequential):
@@ -389,16 +401,16 @@ class TinyNet(nn.Sequential):
 
 
 def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "memory", lambda *_: 2**60)
+    monkeypatch.setattr(memory, "needed", lambda *_: 2**60)
     with pytest.raises(MemoryError, match=r"'mlp-16' at batch_size=20 needs about .* GiB, more"):
         kdlib.train(small(), "cpu")
 
 
 def test_a_group_is_cut_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(group, "memory", lambda *_: total // 5)  # two thirds hold three
+    monkeypatch.setattr(memory, "needed", lambda *_: total // 5)  # two thirds hold three
     recipes = [small(seed=seed) for seed in range(7)]
-    assert [len(members) for members in group.cut(recipes, CPU, 99)] == [3, 3, 1]
+    assert [len(members) for members in memory.cut(recipes, CPU, 99)] == [3, 3, 1]
 
 
 def test_memory_is_that_of_the_recipes_own_data_and_precision() -> None:
@@ -408,13 +420,13 @@ def test_memory_is_that_of_the_recipes_own_data_and_precision() -> None:
     models.register("tiny", TinyNet)
     recipe = Recipe("tiny", dataset="tiny", steps=2, batch_size=8)
     assert kdlib.train(recipe, "cpu").metrics["status"] == "ok"
-    single, double = (group.memory(small(precision=p), CPU) for p in ("fp32", "fp64"))
+    single, double = (memory.needed(small(precision=p), CPU) for p in ("fp32", "fp64"))
     assert single < double <= 2 * single
-    assert group.memory(recipe, CPU) < single
-    alone, seven = (group.planned(recipe, runs, CPU) for runs in (1, 7))
-    assert seven - alone == 6 * group.memory(recipe, CPU)
-    larger = group.planned(Recipe("mlp-16", dataset="mnist-5k"), 0, CPU)
-    smaller = alone - group.memory(recipe, CPU)
+    assert memory.needed(recipe, CPU) < single
+    alone, seven = (memory.planned(recipe, runs, CPU) for runs in (1, 7))
+    assert seven - alone == 6 * memory.needed(recipe, CPU)
+    larger = memory.planned(Recipe("mlp-16", dataset="mnist-5k"), 0, CPU)
+    smaller = alone - memory.needed(recipe, CPU)
     pixels = 64 * (len(images) + len(test_images))
     assert larger - smaller == 2 * (5000 * 784 - pixels)
 
@@ -539,11 +551,11 @@ def test_a_constant_prediction_is_a_divergence_and_a_dead_class_is_none() -> Non
 
 
 def test_a_loss_that_is_not_finite_is_a_divergence_whatever_the_answers() -> None:
-    recipe, dataset = small(), data.load("blobs", "cpu")
+    recipe = small()
     network = kdlib.train(recipe, "cpu").model()
     for last, status in ((math.inf, "diverged"), (math.nan, "diverged"), (0.5, "ok")):
         curves = {"train_loss": [0.7, last]}
-        assert group._metrics(network, recipe, dataset, dataset.full, curves)["status"] == status
+        assert group._metrics(network, recipe, CPU, curves)["status"] == status
 
 
 def test_one_class_alone_is_no_divergence() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from IPython.display import Markdown
 
-from kdlib import data, group
+from kdlib import data
+from kdlib.provenance import processor
 
 PROFILES = ("smoke", "quick", "full")
 Values = Mapping[str, Any]
@@ -80,7 +81,7 @@ def colophon(profile: str, dataset: str, device: str = "auto", seeds: Any = 0) -
     used = data.load(dataset, device)
     where = data.resolve_device(device)
     threads = torch.get_num_threads()
-    plain = f"{where.type.upper()} ({group.processor()}, {threads} thread{'s'[: threads > 1]})"
+    plain = f"{where.type.upper()} ({processor()}, {threads} thread{'s'[: threads > 1]})"
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else plain
     rows = {
         "profile": profile,

@@ -1,0 +1,110 @@
+"""What a run is stored under: all that decides it, its code included.
+
+Two runs have one key only if they would have the same weights: the key is a digest of the recipe,
+the data, the kind of device, the code that trains, and the registered networks.
+"""
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from kdlib import data, group, identity, models
+from kdlib.recipe import Recipe
+
+DECIDES_NOTHING = "a change here gives other keys, and never another run"
+
+_PACKAGE = Path(__file__).parent
+_START = "group"  # the module that trains
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def key(recipe: Recipe, device: torch.device) -> str:
+    """The key of a recipe's run on a kind of device: 24 hexadecimal digits."""
+    parts = [recipe.key, device.type, code_digest()]
+    for used in family(recipe):
+        dataset = data.load(used.dataset, device)
+        parts.append(dataset.digest)
+        if models.registered(used.model) is not None:
+            size = tuple(dataset.test.images.shape[1:])
+            parts.append(identity.of_model(used.model, group.build, used, size))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
+
+
+def family(recipe: Recipe) -> Iterator[Recipe]:
+    """A recipe, its teachers, their teachers, and so on."""
+    yield recipe
+    for teacher in recipe.teacher:
+        yield from family(teacher)
+
+
+@functools.cache
+def code_digest() -> str:
+    """A digest of the code that decides a run."""
+    return digest_of(_PACKAGE)
+
+
+def digest_of(package: Path) -> str:
+    """A digest of the modules of a copy of kdlib that decide a run.
+
+    These are what `group` imports, directly or not, but for modules that declare that they
+    decide nothing. Comments, docstrings and the texts of errors and warnings are left out.
+    """
+    code = {name: ast.unparse(_Plain().visit(tree)) for name, tree in deciding(package).items()}
+    return hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()
+
+
+def deciding(package: Path = _PACKAGE) -> dict[str, ast.Module]:
+    """The syntax trees of the modules that decide a run, by name."""
+    found: dict[str, ast.Module] = {}
+    waiting = [_START]
+    while waiting:
+        name = waiting.pop()
+        path = package / f"{name}.py"
+        if name in found or not path.is_file():
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if reason(tree) is None:
+            found[name] = tree
+            waiting += _imported(tree)
+    return found
+
+
+def reason(tree: ast.Module) -> str | None:
+    """Why a module decides nothing, as it declares with DECIDES_NOTHING, or None."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DECIDES_NOTHING":
+            return str(ast.literal_eval(node.value))
+    return None
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """The modules of kdlib that a module imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "kdlib":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdlib."):
+            yield str(node.module).removeprefix("kdlib.")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("kdlib.") for alias in node.names)
+
+
+class _Plain(ast.NodeTransformer):
+    """Code without what no run depends on: docstrings, texts of errors and warnings."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass()
+        return node
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return ast.Raise(exc=None, cause=None)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if ast.unparse(node.func) == "warnings.warn":
+            return ast.Call(func=node.func, args=[], keywords=[])
+        return self.generic_visit(node)

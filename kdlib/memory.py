@@ -1,0 +1,95 @@
+"""How many runs a device holds, and recipes cut into groups of no more than that."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdlib import check, data, group
+from kdlib.batches import BLOCK
+from kdlib.recipe import Recipe
+
+DECIDES_NOTHING = "how many runs share a stack changes them by rounding alone"
+
+# What runs must have in common to be one stack: all else may differ from run to run.
+_SHAPE = (
+    "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
+)  # fmt: skip
+_WORKSPACE = 2**27  # bytes: cuBLAS's workspaces, 32 MiB per stream on an H200, and a teacher
+
+
+def cut(
+    recipes: Sequence[Recipe], device: torch.device, stack: int | None = None
+) -> list[list[Recipe]]:
+    """Recipes in groups of one shape, each no larger than the device holds.
+
+    stack: the most runs per group. By default what fits into memory on a GPU, and one on a
+    CPU, where a stack is slower than its runs one by one (see the benchmark page). The same
+    recipes on the same device are cut in the same way. Raises MemoryError for a recipe that
+    does not fit even alone, ValueError for a network that does not fit its dataset.
+    """
+    stack = check.value("stack", stack, check.optional(check.COUNT))
+    shapes: dict[Any, list[Recipe]] = {}
+    for recipe in recipes:
+        shape = [getattr(recipe, field) for field in _SHAPE]
+        # With jitter the teacher sees each batch, without it its logits are data.
+        targets = (bool(recipe.teacher), bool(recipe.teacher and recipe.jitter))
+        shapes.setdefault((*shape, group.steps(recipe, device), *targets), []).append(recipe)
+    groups = []
+    for members in shapes.values():
+        most = capacity(members[0], device)
+        size = min(most, stack or (most if device.type == "cuda" else 1))
+        groups += [members[start : start + size] for start in range(0, len(members), size)]
+    return groups
+
+
+def needed(recipe: Recipe, device: torch.device) -> int:
+    """Bytes that one more run of a stack takes at most, its data left out."""
+    network, samples = group.build(recipe), group.training(recipe, device)
+    weights = sum(weight.numel() for weight in network.parameters())
+    kind = next(network.parameters()).dtype
+    inputs = data.to_input(samples.images[:2].cpu()).to(kind)
+    outputs = 0
+
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal outputs
+        outputs += output[0].numel()
+
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(count)
+    classes = group.classes(network, inputs, recipe, device)
+    batch = max(recipe.batch_size, 2000)  # training or evaluation, whichever is larger
+    drawn = BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
+    # Weights, velocity, gradients and their copies; activations with gradients, and inputs.
+    numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())
+    size: int = kind.itemsize
+    return size * numbers + 2 * drawn + len(samples) * classes * 4
+
+
+def planned(recipe: Recipe, runs: int, device: torch.device) -> int:
+    """Bytes that a group takes at most, with its data and what PyTorch keeps for its work."""
+    dataset = data.load(recipe.dataset, device)
+    images = dataset.full.images.numel() + dataset.test.images.numel()
+    return runs * needed(recipe, device) + 2 * images + _WORKSPACE
+
+
+def capacity(recipe: Recipe, device: torch.device) -> int:
+    """How many runs of a recipe's shape the device holds, leaving a third of it free."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows has no such call
+        total = 8 * 2**30
+    one = needed(recipe, device)
+    most = int((total * 2 / 3 - planned(recipe, 0, device)) // one)
+    if most < 1:
+        raise MemoryError(
+            f"one run of {recipe.model!r} at batch_size={recipe.batch_size} needs about "
+            f"{one / 2**30:.1f} GiB, more than {device} can give "
+            f"({total / 2**30:.1f} GiB): use a smaller batch_size or model"
+        )
+    return most

@@ -1,0 +1,50 @@
+"""Number formats: which of them a device computes in, and PyTorch's settings for them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+PRECISIONS = ("fp32", "bf16", "tf32", "fp64")
+
+
+def effective(precision: str, device: torch.device) -> str:
+    """The precision that is used: bf16 on a processor that is slow at it is fp32."""
+    if precision == "bf16" and device.type == "cpu":
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return precision
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 where it is safe, while the weights stay float32; nothing at other precisions."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def settings(precision: str, device: torch.device) -> Iterator[None]:
+    """PyTorch's settings and generators for one training; afterwards they are as before."""
+    before = torch.get_float32_matmul_precision()
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            # This context manager switches cuDNN off unless it is told enabled=True.
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, deterministic=True),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's default dtype, whatever a notebook has set, restored afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,60 @@
+"""Networks of one architecture as one module, so that one loop trains them together."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from kdlib import fast
+
+
+class Stack(nn.Module):
+    """Networks of one architecture as one module: weights (runs, …), inputs (runs, N, …).
+
+    forward gives (runs, N, classes). With shared=True all runs see the same inputs (N, …).
+    Raises ValueError for networks with buffers, such as batch normalisation has, or with
+    parameters that are views of one another: a stack would mix these up.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.runs = len(networks)
+        weights, buffers = stack_module_state(list(networks))
+        memory = {weight.untyped_storage().data_ptr() for weight in networks[0].parameters()}
+        if buffers or len(memory) < len(weights):
+            raise ValueError(
+                f"{type(networks[0]).__name__} has buffers or parameters that are views of one "
+                f"another ({', '.join(buffers) or 'the latter'}), which a stack would mix up: "
+                "train such networks one at a time (stack=1)"
+            )
+        self.weights = nn.ParameterList(
+            fast.transposed_in_memory(weight.detach()) for weight in weights.values()
+        )
+        # A tied weight has several names, and is one weight.
+        place = {id(weight): at for at, weight in enumerate(networks[0].parameters())}
+        every = networks[0].named_parameters(remove_duplicate=False)
+        self._places = {name: place[id(weight)] for name, weight in every}
+        self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)  # a tuple: no submodule
+
+    def _named(self) -> dict[str, Tensor]:
+        return {name: self.weights[at] for name, at in self._places.items()}
+
+    def forward(self, inputs: Tensor, shared: bool = False) -> Tensor:
+        (skeleton,) = self._skeleton
+        skeleton.train(self.training)
+
+        def one(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
+            return functional_call(skeleton, weights, (batch,))  # type: ignore[no-any-return]
+
+        every = torch.vmap(one, in_dims=(0, None if shared else 0), randomness="different")
+        return every(self._named(), inputs)
+
+    def unstack(self) -> list[dict[str, Tensor]]:
+        """The state_dict of each network, in order."""
+        named = self._named()
+        return [
+            {name: weight[run].detach().clone() for name, weight in named.items()}
+            for run in range(self.runs)
+        ]
