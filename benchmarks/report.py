@@ -263,7 +263,7 @@ def figure(record: Record) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from kdlib import plots
+    from kdlib.book import plots
 
     plots.use()
     canvas, axes = plt.subplots(figsize=(6.4, 3.8))

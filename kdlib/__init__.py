@@ -10,22 +10,21 @@ Four lines: a teacher, a student, both trained, the test errors read.
 
 import importlib
 import os
+import sys
 from types import ModuleType
+from typing import Any
 
 # Before PyTorch is loaded: GNU OpenMP's idle threads spin a fifteenth as often as by default.
 # On a shared machine, threads that spin take the core from those that work: a step of a small
 # network was measured at up to 30 times its length. Threads that never spin wake too late.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from kdlib import data, evaluate, losses, models, plan
+from kdlib import data, evaluate, losses, models
 from kdlib.loop import fit
 from kdlib.recipe import Recipe
 from kdlib.runs import Run, train, train_all
 from kdlib.stack import Stack
 from kdlib.weights import pretrained
-
-if plan.ledger() is not None:
-    fit = plan.fit
 
 __all__ = [
     "Recipe", "Run", "Stack", "data", "evaluate", "fit", "losses", "models", "pretrained",
@@ -33,8 +32,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> ModuleType:
-    """The modules that bring matplotlib or IPython are imported when they are named."""
-    if name in ("notebook", "plots", "reference"):
-        return importlib.import_module(f"kdlib.{name}")
-    raise AttributeError(f"module 'kdlib' has no attribute {name!r}")
+class _Moved(ModuleType):
+    """A module under its old name, for this version: it moved into the press, `kdlib.book`."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever walks through all modules looks for `__file__` and the like: that must not
+        # import the press, and matplotlib and IPython with it.
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(self.__doc__ or ""), name)
+
+
+for _old, _new in {"notebook": "page", "plots": "plots", "reference": "reference"}.items():
+    globals()[_old] = sys.modules[f"kdlib.{_old}"] = _Moved(f"kdlib.{_old}", f"kdlib.book.{_new}")

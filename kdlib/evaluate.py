@@ -1,17 +1,35 @@
-"""What runs are judged by: errors with intervals and spread, confusion, calibration, bias."""
+"""What runs are judged by: errors with intervals and spread, comparison, calibration, bias."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kdlib.runs import Run
+from kdlib import check
+from kdlib.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
+
+FEWEST = 5  # pairs, or runs per row, below which a comparison decides nothing
+LEVEL = 0.05  # the chance of calling a difference where there is none
+
+
+class Result(Protocol):
+    """A run, or what a record keeps of one."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def metrics(self) -> dict[str, Any]: ...
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
+Row = Sequence[Result] | Sequence[float] | Mapping[Any, float]
 
 
 @dataclass(frozen=True)
@@ -32,37 +50,32 @@ class Spread:
         return f"{self.mean:.1f}{spread} ({self.count}{lost})"
 
 
-def spread(runs: Sequence[Run], metric: str = "test_errors") -> Spread:
+def spread(runs: Row, metric: str = "test_errors") -> Spread:
     """A metric over the runs of several seeds; diverged ones are counted, never averaged.
 
-    Raises KeyError for a metric that the runs lack.
+    runs: as for `compare`. Raises KeyError for a metric that the runs lack.
     """
-    good = [float(run.metrics[metric]) for run in runs if run.metrics["status"] == "ok"]
-    values = torch.tensor(good, dtype=torch.float64)
-    mean = values.mean().item() if good else math.nan
-    deviation = values.std().item() if len(good) > 1 else math.nan
-    return Spread(mean, deviation, len(good), len(runs) - len(good))
+    values = _values(runs, metric)
+    good = values[np.isfinite(values)]
+    mean = float(good.mean()) if len(good) else math.nan
+    deviation = float(good.std(ddof=1)) if len(good) > 1 else math.nan
+    return Spread(mean, deviation, len(good), len(values) - len(good))
 
 
-def table(groups: Mapping[str, Sequence[Run]], metric: str = "test_errors") -> "pd.DataFrame":
-    """A row a group: mean, standard deviation, number of seeds, diverged runs."""
-    import pandas as pd  # a bare machine trains without it
+def table(groups: Mapping[str, Row], metric: str = "test_errors") -> "pd.DataFrame":
+    """One row per group: mean, standard deviation, number of seeds, diverged runs."""
+    # Imported only here: a machine that only trains can do without it.
+    import pandas as pd
 
-    rows = {name: spread(runs, metric) for name, runs in groups.items()}
-    return pd.DataFrame(
-        {
-            "mean": {name: row.mean for name, row in rows.items()},
-            "± sd": {name: row.deviation for name, row in rows.items()},
-            "seeds": {name: row.count for name, row in rows.items()},
-            "diverged": {name: row.diverged for name, row in rows.items()},
-        }
-    )
+    rows = [spread(runs, metric) for runs in groups.values()]
+    cells = [(row.mean, row.deviation, row.count, row.diverged) for row in rows]
+    return pd.DataFrame(cells, list(groups), ["mean", "± sd", "seeds", "diverged"])
 
 
-def best(runs: Sequence[Run], metric: str = "validation_errors") -> Run:
-    """The run with the fewest validation errors that did not diverge; the first of equals.
+def best(runs: Sequence[AnyResult], metric: str = "validation_errors") -> AnyResult:
+    """Of the runs that did not diverge, the one with the fewest errors; the first of equals.
 
-    Raises ValueError when all of them diverged.
+    Raises ValueError if all of them diverged.
     """
     good = [run for run in runs if run.metrics["status"] == "ok"]
     if not good:
@@ -70,37 +83,188 @@ def best(runs: Sequence[Run], metric: str = "validation_errors") -> Run:
     return min(good, key=lambda run: run.metrics[metric])
 
 
-def gentlest(runs: Sequence[Run], metric: str = "validation_errors") -> Run:
-    """The run of the smallest learning rate whose errors are within chance of the fewest.
+def gentlest(runs: Sequence[AnyResult], metric: str = "validation_errors") -> AnyResult:
+    """The run with the smallest learning rate whose errors are within chance of the fewest.
 
     Chance: the square root of the fewest, about the standard error of such a count. Of
-    equal rates the run with the fewer errors. Raises ValueError when all diverged.
+    equal rates, the run with fewer errors. Raises ValueError if all diverged.
     """
     fewest = best(runs, metric).metrics[metric]
-    close = [
-        run
-        for run in runs
-        if run.metrics["status"] == "ok" and run.metrics[metric] <= fewest + math.sqrt(fewest)
-    ]
+    bound = fewest + math.sqrt(fewest)
+    good = [run for run in runs if run.metrics["status"] == "ok"]
+    close = [run for run in good if run.metrics[metric] <= bound]
     return min(close, key=lambda run: (run.recipe.learning_rate, run.metrics[metric]))
 
 
-def steadiest(groups: Sequence[Sequence[Run]], metric: str = "validation_errors") -> Run:
+def steadiest(
+    groups: Sequence[Sequence[AnyResult]], metric: str = "validation_errors"
+) -> AnyResult:
     """The worst run of the group whose worst run is best, as `best` compares them.
 
-    groups: runs of several seeds or draws, a group a setting. A setting at the edge of
-    stability may win by one seed and fail with the next. Raises ValueError when each has
-    a run that diverged.
+    groups: for each setting, the runs of several seeds or draws. A setting at the edge of
+    stability may win with one seed and fail with the next. Raises ValueError if every group
+    has a run that diverged.
+    """
+    worst = [
+        max(runs, key=lambda run: (run.metrics["status"] != "ok", run.metrics[metric]))
+        for runs in groups
+    ]
+    return best(worst, metric)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference between the means of a metric in two rows of runs, and the verdict.
+
+    low, high: its 95 % t interval. p: two-sided; `holm` replaces it by the adjusted one, which
+    decides the verdict, while the interval stays. runs: the number compared in each row.
+    dropped: pairs, or runs, left out because a run diverged. margin: the largest difference
+    that counts as none, declared beforehand.
+    Printed, it reads "−10.1 [−12.3, −7.9], 30 pairs, fewer".
     """
 
-    def place(run: Run) -> tuple[bool, float]:
-        return run.metrics["status"] != "ok", run.metrics[metric]
+    difference: float
+    low: float
+    high: float
+    p: float
+    runs: tuple[int, int]
+    dropped: int
+    paired: bool
+    margin: float | None = None
 
-    return best([max(runs, key=place) for runs in groups], metric)
+    @property
+    def count(self) -> int:
+        """The number of pairs; of rows that are not paired, the runs of the smaller one."""
+        return min(self.runs)
+
+    @property
+    def verdict(self) -> str:
+        """One of: fewer, more, alike, too close to call."""
+        if self.count >= FEWEST:
+            # First, because differences inside the margin were declared negligible.
+            if self.margin is not None and -self.margin < self.low and self.high < self.margin:
+                return "alike"
+            if self.p < LEVEL:
+                return "fewer" if self.difference < 0 else "more"
+        return "too close to call"
+
+    def as_row(self) -> dict[str, str]:
+        """Its parts as texts, for a table with one comparison per row."""
+        width = self.high - self.low
+        # One decimal suits counts of errors; narrower intervals get two significant digits.
+        places = max(1, 1 - math.floor(math.log10(width))) if width > 0 else 1
+        numbers = (f"{x:.{places}f}" for x in (self.difference, self.low, self.high))
+        mean, low, high = (number.replace("-", "−") for number in numbers)
+        over = f"{self.count} pairs" if self.paired else "{} and {} runs".format(*self.runs)
+        return {
+            "difference": mean,
+            "95 % interval": f"[{low}, {high}]",
+            "over": f"{over}, {self.dropped} dropped" if self.dropped else over,
+            "verdict": self.verdict,
+        }
+
+    def __str__(self) -> str:
+        difference, interval, *rest = self.as_row().values()
+        return ", ".join([f"{difference} {interval}", *rest])
+
+
+def compare(
+    a: Row,
+    b: Row,
+    *,
+    paired: bool = False,
+    margin: float | None = None,
+    metric: str = "test_errors",
+) -> Comparison:
+    """The metric's mean in row a minus that in row b, and whether it differs.
+
+    a, b: runs, recorded results, plain values, or a mapping from seeds to values.
+    paired: whether the rows share seeds, draws or teachers, pair by pair; otherwise the interval
+    is Welch's. margin: the rows are "alike" if the interval lies inside ± margin. Both are
+    declared before the results are known. Diverged runs (plain values: nan or None) are dropped,
+    with their partners if paired. Fewer than five pairs, or runs in a row, decide nothing.
+    Several comparisons in one figure are adjusted by `holm`.
+    Raises ValueError for rows that cannot be paired, KeyError for a metric that runs lack.
+    Student 1908; Welch 1947.
+    """
+    check.value("margin", margin, check.optional(check.POSITIVE))
+    first, second = _values(a, metric), _values(b, metric)
+    if paired:
+        _check_pairs(_seeds(a), _seeds(b))
+    samples = [first - second] if paired else [first, -second]
+    # A diverged run is nan, and so is the difference of a pair that has one.
+    good = [sample[np.isfinite(sample)] for sample in samples]
+    dropped = sum(map(len, samples)) - sum(map(len, good))
+    runs = len(good[0]), len(good[-1])
+    return Comparison(*_t_interval(good), runs, dropped, paired, margin)
+
+
+def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons of one figure, each p adjusted for their number; their intervals stay.
+
+    Comparisons that decide nothing because of too few pairs are not counted. Holm 1979.
+    """
+    adjusted, highest = list(comparisons), 0.0
+    decisive = [at for at, one in enumerate(comparisons) if one.count >= FEWEST]
+    for rank, at in enumerate(sorted(decisive, key=lambda at: comparisons[at].p)):
+        highest = max(highest, min(1.0, (len(decisive) - rank) * comparisons[at].p))
+        adjusted[at] = replace(comparisons[at], p=highest)
+    return adjusted
+
+
+def _seeds(row: Any) -> list[Any]:
+    """The seeds of a row's values, in its order; None where a seed is unknown."""
+    if isinstance(row, Mapping):
+        return sorted(row)
+    return [item.recipe.seed if hasattr(item, "recipe") else None for item in row]
+
+
+def _values(row: Any, metric: str) -> np.ndarray:
+    """The values of a row, in the order of `_seeds`; nan for a diverged run."""
+    if isinstance(row, Mapping):
+        row = [row[seed] for seed in sorted(row)]
+    found = [getattr(item, "metrics", {"status": "ok", metric: item}) for item in row]
+    items = [its[metric] if its["status"] == "ok" else math.nan for its in found]
+    return np.array(items, dtype=np.float64)
+
+
+def _check_pairs(seeds: list[Any], others: list[Any]) -> None:
+    if len(seeds) != len(others):
+        raise ValueError(f"rows have {len(seeds)} and {len(others)} values: expected pairs")
+    for place, (seed, other) in enumerate(zip(seeds, others, strict=True)):
+        if None not in (seed, other) and seed != other:
+            raise ValueError(
+                f"pair {place} has the seeds {seed!r} and {other!r}: expected equal seeds; "
+                "sort both rows by seed, or compare them unpaired"
+            )
+
+
+def _t_interval(samples: Sequence[np.ndarray]) -> tuple[float, float, float, float]:
+    """The sum of the samples' means, its 95 % interval, and the p of a sum of 0.
+
+    Welch's interval; of a single sample it is Student's.
+    """
+    # Imported only here: a machine that only trains can do without it.
+    from scipy.special import stdtr, stdtrit
+
+    fewest = min(map(len, samples))
+    mean = float(sum(sample.mean() for sample in samples)) if fewest else math.nan
+    if fewest < 2:
+        return mean, math.nan, math.nan, math.nan
+    squares = np.array([sample.var(ddof=1) / len(sample) for sample in samples])
+    error = math.sqrt(squares.sum())
+    # Values that never vary leave no doubt, and no degrees of freedom to compute.
+    if error == 0:
+        return mean, mean, mean, float(mean == 0)
+    sizes = np.array([len(sample) for sample in samples])
+    freedom = squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum()
+    half = stdtrit(freedom, 1 - LEVEL / 2) * error
+    p = 2 * stdtr(freedom, -abs(mean) / error)
+    return mean, float(mean - half), float(mean + half), float(p)
 
 
 def wilson_interval(errors: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of an error count, in errors; z = 1.96 for 95 %.
+    """The Wilson score interval of an error count, in errors; z is 1.96 for 95 %.
 
     Raises ValueError unless 0 <= errors <= total and total > 0. Wilson 1927.
     """
@@ -113,7 +277,7 @@ def wilson_interval(errors: int, total: int, z: float = 1.959964) -> tuple[float
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: int = 10) -> Tensor:
-    """Counts (classes, classes): row the true class, column the answer."""
+    """Counts (classes, classes): a row per true class, a column per answer."""
     pairs = labels * classes + logits.argmax(-1)
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
@@ -124,7 +288,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: the mean gap of confidence and accuracy over equal bins.
+    """Expected calibration error: the mean gap between confidence and accuracy, in equal bins.
 
     probabilities: (N, classes), labels: (N,). Between 0 and 1. Guo et al. 2017.
     """
@@ -139,10 +303,10 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
 def bias_shift(logits: Tensor, classes: Sequence[int], answers: Tensor, grid: Tensor) -> float:
     """The shift of some classes' biases that agrees best with given answers.
 
-    argmin over s in grid of the rows whose argmax of (logits + s on the classes) is not the
-    answer; of several best shifts, the middle one. logits: (N, classes); answers: int64 (N,),
-    a teacher's on held-out samples, so that no label is needed; grid: (shifts,), ascending.
-    Raises ValueError for shapes that do not fit or an empty grid.
+    The shift s in grid for which the argmax of (logits + s on the classes) differs from the
+    answer in the fewest rows; the middle one if several do. logits: (N, classes); answers:
+    int64 (N,), a teacher's on held-out samples, so that no label is needed; grid: (shifts,),
+    ascending. Raises ValueError for shapes that do not fit or an empty grid.
     Hinton et al. 2015, section 3; introduced in chapter 8.
     """
     if answers.shape != logits.shape[:1] or grid.numel() == 0:

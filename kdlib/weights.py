@@ -4,12 +4,10 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from kdlib import data, loop, store
+from kdlib import data, files, loop
 from kdlib.recipe import Recipe
 from kdlib.runs import Run
 
@@ -22,12 +20,12 @@ def names(folder: Path = FOLDER) -> list[str]:
 
 
 def pretrained(name: str, device: str | torch.device = "auto", *, folder: Path = FOLDER) -> Run:
-    """A trained network of the paper's MNIST experiment, as the run that made it.
+    """A trained network of the paper's MNIST experiment, as the run that trained it.
 
     name: one of `names()`, such as "mnist-teacher". The run has its recipe, its metrics
-    (counted with the rounded weights), its provenance and its weights, float32 from float16;
-    its curves are left out. The store has no part in it.
-    Raises ValueError for an unknown name, or a file that is not as it was recorded.
+    (counted with the rounded weights), its provenance and its weights, float32 from float16,
+    but no curves. The store is neither read nor written.
+    Raises ValueError for an unknown name, or a file that differs from the recorded one.
     """
     from safetensors.torch import load
 
@@ -37,42 +35,38 @@ def pretrained(name: str, device: str | torch.device = "auto", *, folder: Path =
     path = folder / f"{name}.safetensors"
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
-        raise ValueError(f"{path} is not the file that was recorded: install kdlib anew")
+        raise ValueError(f"{path} is missing or damaged: reinstall kdlib")
     return Run(
-        Recipe.from_dict(record["recipe"]),
-        record["metrics"],
-        {},
-        record["seconds"],
-        record["provenance"],
-        {key: value.float() for key, value in load(content).items()},
-        True,
-        data.resolve_device(device),
+        recipe=Recipe.from_dict(record["recipe"]),
+        metrics=record["metrics"],
+        curves={},
+        seconds=record["seconds"],
+        provenance=record["provenance"],
+        weights={key: value.float() for key, value in load(content).items()},
+        cached=True,
+        device=data.resolve_device(device),
     )
 
 
 def keep(name: str, run: Run, folder: Path = FOLDER) -> Path:
-    """Write a run's network where `pretrained` finds it: weights, and a record beside them."""
+    """Write a run's network where `pretrained` finds it: its weights, and a record of the run."""
     from safetensors.torch import save
 
     rounded = {key: value.half() for key, value in run.weights.items()}
+    test = data.load(run.recipe.dataset, run.device).test
+    network = replace(run, weights=rounded).model()
+    errors = loop.count_errors(network, test.images, test.labels)
     content = save(rounded)
     record = {
         "recipe": run.recipe.as_dict(),
-        "metrics": run.metrics | _errors(run, rounded),
+        "metrics": run.metrics | {"test_errors": errors, "test_accuracy": 1 - errors / len(test)},
         "metrics_before_rounding": run.metrics,
         "seconds": run.seconds,
         "provenance": run.provenance,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    store.put(folder / f"{name}.safetensors", content)
+    # The record last: a network without one is not listed, and so never read half-written.
+    files.put(folder / f"{name}.safetensors", content)
     text = json.dumps(record, indent=1, sort_keys=True)
-    store.put(folder / f"{name}.json", f"{text}\n".encode())
+    files.put(folder / f"{name}.json", f"{text}\n".encode())
     return folder / f"{name}.safetensors"
-
-
-def _errors(run: Run, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The test errors of a run's network with other weights."""
-    test = data.load(run.recipe.dataset, run.device).test
-    network = replace(run, weights=weights).model()
-    errors = loop.count_errors(network, test.images, test.labels)
-    return {"test_errors": errors, "test_accuracy": 1 - errors / len(test)}

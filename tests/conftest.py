@@ -18,7 +18,7 @@ import pytest
 from kdlib import data
 
 ROOT = Path(__file__).resolve().parent.parent
-KDLIB = [sys.executable, "-c", "import sys; from kdlib.cli import main; sys.exit(main())"]
+KDLIB = [sys.executable, "-c", "import sys; from kdlib.book.cli import main; sys.exit(main())"]
 
 
 def give_up(reason: str) -> None:

@@ -14,7 +14,7 @@ import papermill
 import pytest
 from conftest import ROOT, Clone
 
-from kdlib import book
+from kdlib.book import chapters as book
 
 NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
 COMMON = {"profile": "quick", "dataset": "mnist", "device": "auto", "seed": 0}

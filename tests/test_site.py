@@ -20,7 +20,8 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import Clone, copy_of_the_book, give_up, offline
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-from kdlib import book, site
+from kdlib.book import chapters as book
+from kdlib.book import site
 
 pytestmark = pytest.mark.browser
 SIZES = {"desktop": (1280, 900), "phone": (375, 812)}

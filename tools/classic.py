@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import kdlib
-from kdlib import reference
+from kdlib.book import reference
 from kdlib.recipe import PAPER, Recipe
 
 CHAPTER, PROFILE = "07_mnist_reproduction", "classic"
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> Path:
     runs = kdlib.train_all(recipes(given.seeds, **changes), given.device)
     names = "teacher", "plain student", "distilled student"
     rows = {name: runs[i * given.seeds : (i + 1) * given.seeds] for i, name in enumerate(names)}
-    reference.keep(CHAPTER, PROFILE, rows)
+    reference.keep(CHAPTER, PROFILE, rows, parameters=vars(given))
     return reference.record(CHAPTER, PROFILE, given.commit)
 
 

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from kdlib import reference, store
+from kdlib import store
+from kdlib.book import reference
+from kdlib.book.reference import Recorded
 from kdlib.evaluate import spread
-from kdlib.reference import Recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTER = "07_mnist_reproduction"
@@ -59,7 +60,7 @@ def picture(rows: Rows) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from kdlib import plots
+    from kdlib.book import plots
 
     plots.use()
     canvas, axes = plt.subplots(figsize=(7, 2.6))

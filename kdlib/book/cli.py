@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from kdlib import check, data, store
+from kdlib.book import chapters, execute, reference
+
+PROFILES = ("smoke", "quick", "full")
 EXAMPLES = """\
 examples:
   kdlib run                                        all chapters, at a laptop's scale
@@ -12,7 +16,7 @@ examples:
   kdlib run --plan                                 what would be trained, and how long it takes
   kdlib build                                      the site, from what has been executed
   kdlib data mnist --fetch                         download MNIST and check it
-  kdlib runs --prune                               forget all trained networks
+  kdlib runs --prune                               remove all trained networks
 
 folders: KDLIB_HOME holds the runs and the data (default: the platform's cache folder),
 KDLIB_DATA the datasets alone, in torchvision's layout.
@@ -20,23 +24,20 @@ KDLIB_DATA the datasets alone, in torchvision's layout.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it did what was asked, 1 with one line that says why not."""
+    """Run a command; 0 when it is done, 1 with one line that tells why not."""
     options = _parser().parse_args(arguments)
-    from kdlib.book import BookError
-    from kdlib.data import DataError
-    from kdlib.store import StoreError
-
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack “–”
     try:
         return int(options.command(options) or 0)
-    except (BookError, DataError, StoreError, ValueError, OSError) as error:
-        print(f"kdlib: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
-        print(f"kdlib: this command needs {error.name}: pip install 'kdlib[book]'", file=sys.stderr)
-        return 1
+        reason = f"this command needs {error.name}: pip install 'kdlib[book]'"
+    except (chapters.BookError, data.DataError, store.StoreError, ValueError, OSError) as error:
+        reason = str(error)
     except KeyboardInterrupt:
         print("\nkdlib: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    print(f"kdlib: {reason}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,67 +48,69 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _run_options(commands.add_parser("run", help="execute chapters through papermill"))
+    build = commands.add_parser("build", help="render what has been executed to _build/html")
+    build.add_argument(
+        "--profile", choices=PROFILES,
+        help="pages of this profile alone (default: the latest of each chapter)",
+    )  # fmt: skip
+    build.set_defaults(command=_build)
+    files = commands.add_parser("data", help="list the datasets, or fetch them")
+    files.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    files.add_argument("--fetch", action="store_true", help="download what is missing or damaged")
+    files.set_defaults(command=_data)
+    runs = commands.add_parser("runs", help="list the trained networks in the store")
+    prune = "remove runs by key; without a key, all of them"
+    runs.add_argument("--prune", nargs="*", metavar="KEY", help=prune)
+    runs.set_defaults(command=_runs)
+    _record_options(commands.add_parser("reference", help="results recorded in the book"))
+    return parser
 
-    run = commands.add_parser("run", help="execute chapters through papermill")
+
+def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all, in order")
     run.add_argument(
-        "--profile", choices=("smoke", "quick", "full"), default="quick",
+        "--profile", choices=PROFILES, default="quick",
         help="scale: smoke (tests), quick (the notebooks' own), full (a GPU)",
     )  # fmt: skip
     run.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="given",
         help="a parameter for every chosen chapter that has it, as papermill takes it",
     )  # fmt: skip
+    run.add_argument(
+        "--jobs", type=int, metavar="N",
+        help="chapters executed at a time (default: by cores and memory; 1 with a GPU)",
+    )  # fmt: skip
     run.add_argument("--force", action="store_true", help="execute what is up to date too")
-    run.add_argument("--plan", action="store_true", help="list the runs and their time only")
+    run.add_argument("--plan", action="store_true", help="only list the runs and their time")
     run.set_defaults(command=_run)
 
-    build = commands.add_parser("build", help="render what has been executed to _build/html")
-    build.add_argument(
-        "--profile", choices=("smoke", "quick", "full"),
-        help="pages of this profile alone (default: the latest of each chapter)",
-    )  # fmt: skip
-    build.set_defaults(command=_build)
 
-    data = commands.add_parser("data", help="say which datasets are there, or fetch them")
-    data.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    data.add_argument("--fetch", action="store_true", help="download what is missing or damaged")
-    data.set_defaults(command=_data)
-
-    runs = commands.add_parser("runs", help="list the trained networks in the store")
-    runs.add_argument(
-        "--prune", nargs="*", metavar="KEY", help="remove runs by key; without a key, all"
-    )
-    runs.set_defaults(command=_runs)
-
-    reference = commands.add_parser("reference", help="results that are recorded in the book")
-    deeds = reference.add_subparsers(required=True, metavar="ACTION")
-    record = deeds.add_parser("record", help="write chapters' full results into book/reference")
+def _record_options(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    record = actions.add_parser("record", help="write chapters' full results into book/reference")
     record.add_argument("chapters", nargs="*", metavar="CHAPTER", help="default: all that ran")
     record.add_argument("--profile", default="full")
-    record.add_argument("--commit", help="of the code that ran, where this is no clone")
+    record.add_argument("--commit", help="of the code that ran, if this is no clone")
     record.set_defaults(command=_record)
-    return parser
 
 
 def _run(options: argparse.Namespace) -> None:
-    from kdlib import book, chain
-
-    chosen = book.choose(options.chapters)
-    jobs, note = book.jobs(chosen, options.profile, dict(options.given))
+    chosen = chapters.choose(options.chapters)
+    jobs, note = chapters.jobs(chosen, options.profile, dict(options.given))
+    many = execute.at_once(len(jobs)) if options.jobs is None else options.jobs
+    check.value("--jobs", many, check.COUNT)
     if note:
         print(f"kdlib: {note}", flush=True)
     if options.plan:
         for job in jobs:
-            print("\n".join(chain.rehearse(job)), flush=True)
-        return
-    for job in jobs:
-        print(f"{job.chapter}: ", end="", flush=True)
-        print(chain.execute(job, force=options.force), flush=True)
+            print("\n".join(execute.rehearse(job)), flush=True)
+    else:
+        execute.execute(jobs, many, lambda line: print(line, flush=True), force=options.force)
 
 
 def _build(options: argparse.Namespace) -> None:
-    from kdlib import site
+    from kdlib.book import site  # it needs the book's packages
 
     index = site.build(options.profile)
     print("\n".join(site.summary(options.profile)))
@@ -115,25 +118,18 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from kdlib import data
-
-    unknown = set(options.names) - set(data.names())
-    if unknown:
-        raise ValueError(f"unknown dataset {unknown.pop()!r}: expected {', '.join(data.names())}")
-    chosen = [s for s in data.available() if not options.names or s.name in options.names]
-    if options.fetch:
-        for status in chosen:
-            if status.state != "verified":
-                data.fetch(status.name)
-        chosen = [s for s in data.available() if not options.names or s.name in options.names]
+    known = check.one_of(*data.names())
+    names = [check.value("dataset", name, known) for name in options.names] or data.names()
+    for status in data.available():
+        if options.fetch and status.name in names and status.state != "verified":
+            data.fetch(status.name)
+    chosen = [status for status in data.available() if status.name in names]
     for status in chosen:
         print(f"{status.name:14} {status.state:9} {status.folder}  ({status.detail})")
     return int(bool(options.names) and any(status.state != "verified" for status in chosen))
 
 
 def _runs(options: argparse.Namespace) -> None:
-    from kdlib import store
-
     if options.prune is not None:
         freed = store.prune(options.prune or None)
         print(f"{freed / 2**20:.1f} MiB freed in {store.folder()}")
@@ -151,8 +147,6 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _record(options: argparse.Namespace) -> None:
-    from kdlib import book, reference
-
-    named = book.choose(options.chapters) if options.chapters else reference.kept(options.profile)
-    for chapter in named:
+    named = chapters.choose(options.chapters) if options.chapters else None
+    for chapter in named or reference.kept(options.profile):
         print(reference.record(chapter, options.profile, options.commit))

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import nbformat
 import yaml
 
-from kdlib.book import (
+from kdlib.book.chapters import (
     FALLBACK,
     BookError,
     chapters,
@@ -26,7 +26,7 @@ from kdlib.book import (
     root,
     write_notebook,
 )
-from kdlib.chain import clean
+from kdlib.book.execute import clean
 
 NOT_RUN = (
     "This chapter has not been run yet: its code stands here without results. "

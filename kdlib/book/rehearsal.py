@@ -1,0 +1,141 @@
+"""Cost before it is spent: a rehearsal of a notebook that lists its runs and trains none.
+
+The press puts a first cell into the notebook, and `start` then replaces what trains in that
+kernel: kdlib itself knows nothing of rehearsals.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kdlib
+from kdlib import data, group, keys, loop, memory, runs
+from kdlib.book import reference
+from kdlib.recipe import Recipe
+
+TIMED = 30  # steps that an estimate is made from, and the most of a reader's own loop
+Line = dict[str, Any]
+
+
+def first_cell(ledger: Path) -> str:
+    """The code that starts a rehearsal in the kernel; kdlib is the one that runs here."""
+    folder = Path(__file__).parents[2]
+    return (
+        f"import sys\nsys.path.insert(0, {str(folder)!r})\n"
+        f"from kdlib.book import rehearsal\nrehearsal.start({str(ledger)!r})"
+    )
+
+
+def start(ledger: str) -> None:
+    """From here on this process trains nothing: see `train_all`; and it keeps no results."""
+    real = loop.fit
+
+    def fit(*given: Any, **settings: Any) -> loop.Curves:
+        steps = min(settings.get("steps") or TIMED, TIMED)
+        return real(*given, **settings | {"steps": steps})
+
+    replaced = {
+        "train_all": functools.partial(train_all, ledger),
+        "train": lambda recipe, *where, **rest: train_all(ledger, [recipe], *where, **rest)[0],
+        "fit": fit,
+        "keep": lambda chapter, profile, *_, **__: reference.draft(chapter, profile),
+    }
+    for name, function in replaced.items():
+        for module in (kdlib, runs, loop, reference):
+            if hasattr(module, name):
+                setattr(module, name, function)
+
+
+def train_all(
+    ledger: str,
+    recipes: Sequence[Recipe],
+    device: str | torch.device = "auto",
+    log_dir: object = None,
+    *,
+    stack: int | None = None,
+    executor: object = None,
+    threads: int = 1,
+) -> list[runs.Run]:
+    """In place of `kdlib.train_all`: untrained networks for the runs that are not stored.
+
+    Each run goes into the ledger, a file, as a line of JSON.
+    """
+    where = data.resolve_device(device)
+    torch.set_num_threads(threads)
+    made: dict[Recipe, runs.Run] = {}
+    for level in runs.levels(recipes):
+        for run in filter(None, (runs.stored(recipe, where) for recipe in level)):
+            made[run.recipe] = run
+            _note(ledger, run.recipe, where, None)
+        groups = memory.cut([recipe for recipe in level if recipe not in made], where, stack)
+        # Groups are trained side by side on the cores of a CPU, and in turn on a GPU.
+        cores = (os.cpu_count() or 1) // threads if where.type == "cpu" else 1
+        for members in groups:
+            result, seconds = untrained(members, where)
+            for recipe in members:
+                _note(ledger, recipe, where, seconds / max(1, min(cores, len(groups))))
+                made[recipe] = runs.Run(recipe, **vars(result), cached=False, device=where)
+    return [made[recipe] for recipe in recipes]
+
+
+def untrained(members: Sequence[Recipe], device: torch.device) -> tuple[group.Trained, float]:
+    """In place of a group's training: a run of a few steps, and the seconds of a run."""
+    first = members[0]
+    fields = ("dataset", "batch_size", "dropout", "max_norm", "jitter", "precision", "validation")
+    shape = Recipe(first.model, **{name: getattr(first, name) for name in fields})
+    result, pace, report = _a_few_steps(shape, len(members), device)
+    steps = group.steps(first, device)
+    epoch = math.ceil(len(group.rows(first, device)) / first.batch_size)
+    return result, steps * pace + report * math.ceil(steps / max(epoch, steps / loop.REPORTS))
+
+
+@functools.cache
+def _a_few_steps(
+    shape: Recipe, count: int, device: torch.device
+) -> tuple[group.Trained, float, float]:
+    """A run of a stack of some shape, its share of the seconds of a step and of a report."""
+    _, short, long = (
+        group.train([shape.replace(steps=n, seed=run) for run in range(count)], device, {})[0]
+        for n in (2, 2, TIMED)  # the first takes what only the first takes
+    )
+    pace = max(0.0, long.seconds - short.seconds) / (TIMED - 2)
+    return long, pace, max(0.0, short.seconds - 2 * pace)
+
+
+def _note(ledger: str, recipe: Recipe, device: torch.device, seconds: float | None) -> None:
+    """Add a run to the ledger; its seconds are None if it is stored."""
+    line = {"key": keys.key(recipe, device), "model": recipe.model, "stored": seconds is None}
+    line |= {"steps": group.steps(recipe, device), "seconds": seconds or 0.0}
+    with Path(ledger).open("a", encoding="utf-8") as file:
+        print(json.dumps(line), file=file)
+
+
+def read(ledger: Path) -> list[Line]:
+    """The runs of a ledger, each once, in the order in which they were first asked for."""
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    first: dict[str, Line] = {}
+    for line in map(json.loads, lines):
+        first.setdefault(line["key"], line)
+    return list(first.values())
+
+
+def report(chapter: str, lines: list[Line], stopped: str) -> list[str]:
+    """A ledger in words; stopped: the first cell that failed, and how."""
+    new = [line for line in lines if not line["stored"]]
+    head = (
+        f"{chapter}: {len(lines)} runs, {len(lines) - len(new)} of them in the store, "
+        f"about {sum(line['seconds'] for line in new):.0f} s for the others"
+    )
+    if stopped:
+        head += f"\n  a guess from here on, since untrained networks fail {stopped}"
+    return [head] + [
+        f"  {line['key']}  {line['model']:16} {line['steps']:7} steps  "
+        + ("stored" if line["stored"] else f"{line['seconds']:6.1f} s")
+        for line in lines
+    ]
