@@ -1,5 +1,6 @@
 """Recipes of one shape as one call of `fit`: their samples, their targets, their results."""
 
+import functools
 import math
 import time
 import warnings
@@ -172,11 +173,16 @@ def _targets(
     group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
 ) -> tuple[list[Any], nn.Module | None, loop.Loss]:
     """What a group is trained on: cached logits, or a teacher for each batch; and the loss."""
-    if not group[0].teacher:
+    if not group[0].teacher and not group[0].label_smoothing:
         return [], None, losses.cross_entropy
+    exact = torch.float64 if group[0].precision == "fp64" else torch.float32
+    if not group[0].teacher:
+        smoothing = _field(group, "label_smoothing")
+        if len(group) > 1:
+            smoothing = torch.tensor(smoothing, dtype=exact, device=device)
+        return [], None, functools.partial(losses.cross_entropy, label_smoothing=smoothing)
     temperature, hard_weight = _field(group, "temperature"), _field(group, "hard_weight")
     if len(group) > 1:
-        exact = torch.float64 if group[0].precision == "fp64" else torch.float32
         hard_weight = torch.tensor(hard_weight, dtype=exact, device=device)
         # On a GPU the loss cannot look at the temperatures, so their dtype has to decide.
         exact = torch.float64 if max(temperature) > losses.HIGHEST_IN_FLOAT32 else exact

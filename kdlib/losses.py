@@ -39,17 +39,23 @@ def _log_soften(logits: Tensor, temperature: Number) -> Tensor:
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: Number = 0.0) -> Tensor:
     """Cross-entropy with hard targets: -log softmax(logits)[target], mean over the batch.
 
-    logits: (..., batch, classes), targets: int64 (..., batch). Returns (...), in nats.
+    logits: (..., batch, classes), targets: int64 (..., batch). label_smoothing: the share of
+    each target that is spread evenly over all classes, in [0, 1). Returns (...), in nats.
+    Raises ValueError for targets that do not fit. Szegedy et al. 2016, section 7.
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}: "
             "expected one class number for each row of logits"
         )
-    return -torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None]).mean((-2, -1))
+    logs = torch.log_softmax(logits, dim=-1)
+    hard = -logs.gather(-1, targets[..., None]).mean((-2, -1))
+    if not isinstance(label_smoothing, Tensor) and label_smoothing == 0:
+        return hard
+    return (1 - label_smoothing) * hard - label_smoothing * logs.mean((-2, -1))
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Number) -> Tensor:

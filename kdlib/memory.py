@@ -35,7 +35,8 @@ def cut(
     for recipe in recipes:
         shape = [getattr(recipe, field) for field in _SHAPE]
         # With jitter the teacher sees each batch, without it its logits are data.
-        targets = (bool(recipe.teacher), bool(recipe.teacher and recipe.jitter))
+        targets = [bool(recipe.teacher), bool(recipe.teacher and recipe.jitter)]
+        targets.append(bool(recipe.label_smoothing))
         shapes.setdefault((*shape, group.steps(recipe, device), *targets), []).append(recipe)
     groups = []
     for members in shapes.values():

@@ -24,6 +24,7 @@ class Recipe:
     validation: train without the held-out sixth and count errors on it; else train on all.
     teacher, temperature, hard_weight: the teachers' recipes (the logits of several are
     averaged) and the distillation loss; without a teacher, hard targets alone.
+    label_smoothing: the share of each hard target that is spread evenly over all classes.
     precision: "fp32", "bf16" (autocast, where the processor is fast at it), "tf32", "fp64".
     seed: decides the initial weights, the order of the samples, the jitter and the dropout.
 
@@ -51,6 +52,7 @@ class Recipe:
     hard_weight: float = 1.0
     precision: str = "fp32"
     seed: int = 0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for field, rule in _RULES.items():
@@ -67,6 +69,11 @@ class Recipe:
             raise ValueError(
                 f"hard_weight is {self.hard_weight} but there is no teacher: "
                 "use recipe.distil(teacher, temperature=…, hard_weight=…)"
+            )
+        if self.teacher and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing} but there is a teacher: its soft "
+                "targets take the place of smoothed labels; use 0"
             )
 
     def replace(self, **changes: Any) -> Self:
@@ -88,6 +95,9 @@ class Recipe:
         """All fields as JSON has them, for `from_dict`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {"dropout": list(self.dropout), "omit": list(self.omit)}
+        # A field that came later: recipes without it keep the keys that they had.
+        if not self.label_smoothing:
+            del fields["label_smoothing"]
         return fields | {"teacher": [teacher.as_dict() for teacher in self.teacher]}
 
     @classmethod
@@ -143,6 +153,7 @@ _RULES = {
     "hard_weight": check.number(0, 1),
     "precision": check.one_of(*precision.PRECISIONS),
     "seed": check.whole(),
+    "label_smoothing": _CHANCE,
 }
 
 

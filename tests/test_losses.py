@@ -332,3 +332,16 @@ def test_a_temperature_beyond_all_digits_is_refused_with_the_reason() -> None:
     for temperature in (2e6, torch.tensor([1.0, 2e6])):
         with pytest.raises(ValueError, match=r"at most 1e\+06, .* use logit_matching_loss"):
             losses.soft_loss(*RUNS, temperature)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_smoothed_labels_are_pytorchs(smoothing: float) -> None:
+    logits, labels = RUNS[0], torch.arange(12).view(2, 6) % 10
+    given = torch.tensor([smoothing, 0.3], dtype=torch.float64)
+    expected = [
+        F.cross_entropy(run, target, label_smoothing=share)
+        for run, target, share in zip(logits, labels, given.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(losses.cross_entropy(logits, labels, given), torch.stack(expected))
+    alone = losses.cross_entropy(logits[0], labels[0], smoothing)
+    torch.testing.assert_close(alone, expected[0])

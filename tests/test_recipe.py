@@ -248,3 +248,13 @@ def test_registered_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
         Recipe("lenet", dataset="mine")
     kdlib.data.register("mine", lambda: pytest.fail("a recipe loads nothing"))
     assert Recipe("lenet", dataset="mine").dataset == "mine"
+
+
+def test_smoothed_labels_are_a_field_that_leaves_other_recipes_their_keys() -> None:
+    plain = Recipe("mlp-8")
+    assert "label_smoothing" not in plain.as_dict()
+    smoothed = plain.replace(label_smoothing=0.1)
+    assert smoothed.key != plain.key
+    assert Recipe.from_dict(smoothed.as_dict()) == smoothed
+    with pytest.raises(ValueError, match=r"label_smoothing is 0.1 but there is a teacher"):
+        smoothed.distil(plain, temperature=2)

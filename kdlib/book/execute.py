@@ -67,6 +67,9 @@ class Workplace:
             "MATPLOTLIBRC": str(own / "matplotlibrc"),
             "IPYTHONDIR": str(own / "ipython"),
             "KDLIB_SLOTS": str(self.folder),
+            # What a chapter computes outside of kdlib's trainings has one thread, as these have:
+            # a second one gains little, and costs much where another chapter needs the core.
+            "OMP_NUM_THREADS": "1",
         }
         with (own / "log").open("wb") as log:
             process = subprocess.Popen(
