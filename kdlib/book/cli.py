@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"kdlib: {note}", flush=True)
     if options.plan:
         for job in jobs:
-            print("\n".join(execute.rehearse(job)), flush=True)
+            print(execute.rehearse(job), flush=True)
     else:
         execute.execute(jobs, many, lambda line: print(line, flush=True), force=options.force)
 

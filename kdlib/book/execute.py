@@ -1,7 +1,6 @@
 """Execution: papermill over the chapters, several at a time, each page put in place when whole."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -10,13 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdlib import files, slots
 from kdlib.book import rehearsal
 from kdlib.book.chapters import BookError, Job, made, read_notebook, root, write_notebook
 
@@ -121,7 +121,7 @@ def at_once(count: int) -> int:
     if torch.cuda.is_available():
         return 1
     room: int = psutil.virtual_memory().available // MEMORY
-    return max(1, min(count, os.cpu_count() or 1, room))
+    return max(1, min(count, slots.cores(), room))
 
 
 def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: bool) -> None:
@@ -168,11 +168,8 @@ def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
         raise BookError(f"{job.chapter} failed {fault}")
     notebook = read_notebook(output)
     seconds: float = notebook.metadata.papermill["duration"]
-    notebook.metadata["kdlib"] = {
-        "profile": job.profile,
+    notebook.metadata["kdlib"] = asdict(job) | {
         "dataset": job.dataset,
-        "fallback": job.fallback,
-        "parameters": job.parameters,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": _digest(job),
@@ -183,17 +180,18 @@ def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
     return seconds
 
 
-def _fault(job: Job, output: Path, process: subprocess.Popen[bytes]) -> str:
+def _fault(job: Job, page: Path, process: subprocess.Popen[bytes]) -> str:
     """What is wrong with what papermill made, and in which cell; "" if it is whole."""
     code = process.wait()
-    if not output.is_file():
-        log = output.with_name("log").read_text(encoding="utf-8", errors="replace")
+    if not page.is_file():
+        log = page.with_name("log").read_text(encoding="utf-8", errors="replace")
         return f"before its first cell: {log.strip().rpartition(chr(10))[2]}"
-    cells = [cell for cell in read_notebook(output).cells if cell.cell_type == "code"]
+    cells = [cell for cell in read_notebook(page).cells if cell.cell_type == "code"]
     begun = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
     for cell in cells:
-        for error in (each for each in cell.outputs if each.output_type == "error"):
-            return f"in {_name(job, cell)}: {error.ename}: {error.evalue}"
+        for output in cell.outputs:
+            if output.output_type == "error":
+                return f"in {_name(job, cell)}: {output.ename}: {output.evalue}"
     if code:  # a dead kernel leaves no error in its last cell
         died = "the kernel died" if code == 138 else f"papermill ended with exit code {code}"
         return f"in {_name(job, begun[-1]) if begun else 'no cell'}: {died}"
@@ -211,7 +209,7 @@ def _name(job: Job, cell: Any) -> str:
     return f"cell {number} (id {cell.id}, {cell.source.strip().partition(chr(10))[0]!r})"
 
 
-def rehearse(job: Job) -> list[str]:
+def rehearse(job: Job) -> str:
     """What a chapter would train, found by running it with untrained networks.
 
     These may fail a chapter's own checks: the rest is run all the same. Raises BookError
@@ -220,7 +218,7 @@ def rehearse(job: Job) -> list[str]:
     import nbformat
 
     with workplace() as place:
-        ledger, source = place.folder / "ledger.jsonl", place.folder / "source.ipynb"
+        ledger, source = place.folder / "ledger.json", place.folder / "source.ipynb"
         notebook = read_notebook(job.source)
         for cell in notebook.cells:
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "raises-exception"]
@@ -228,10 +226,10 @@ def rehearse(job: Job) -> list[str]:
         notebook.cells.insert(0, first)
         write_notebook(notebook, source)
         fault = _fault(job, place.output(job), place.papermill(job, source, alone=True))
-        lines = rehearsal.read(ledger)
-    if fault and not lines:
+        noted = rehearsal.read(ledger)
+    if fault and not noted:
         raise BookError(f"{job.chapter} failed {fault}")
-    return rehearsal.report(job.chapter, lines, fault.partition("\n")[0])
+    return rehearsal.report(job.chapter, noted, fault.partition("\n")[0])
 
 
 def clean(notebook: Any) -> Any:
@@ -245,10 +243,8 @@ def clean(notebook: Any) -> Any:
             raise BookError(f"cell {number} holds an error: execute the chapter again")
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"] = ["injected-parameters", "hide-input"]
-            cell.metadata["mystnb"] = {
-                "code_prompt_show": "The parameters of this run",
-                "code_prompt_hide": "The parameters of this run",
-            }
+            prompts = ("code_prompt_show", "code_prompt_hide")
+            cell.metadata["mystnb"] = dict.fromkeys(prompts, "The parameters of this run")
             cell["id"] = "injected-parameters"
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
@@ -259,9 +255,7 @@ def _digest(job: Job) -> str:
     """A digest of all that an executed page depends on."""
     notebook = json.loads(job.source.read_text(encoding="utf-8"))
     cells = [(cell["cell_type"], cell["source"], cell["metadata"]) for cell in notebook["cells"]]
-    parts = [json.dumps([cells, job.parameters], sort_keys=True)]
     library = Path(__file__).parents[1]
     sources = [path for path in sorted(library.rglob("*.py")) if path.name not in MAKERS]
     sources += (root() / "book" / "reference").glob(f"{job.chapter}.json")
-    parts += [path.read_text(encoding="utf-8") for path in sources]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return files.digest([cells, job.parameters, *(p.read_text(encoding="utf-8") for p in sources)])

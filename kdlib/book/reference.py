@@ -1,7 +1,6 @@
 """Results that are recorded in the book: written by a program, read beside a page's own."""
 
 import contextlib
-import hashlib
 import json
 import re
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from kdlib import data, store
+from kdlib import data, files
 from kdlib.book import chapters
 from kdlib.evaluate import spread
 from kdlib.keys import code_digest
@@ -70,11 +69,11 @@ def path(chapter: str, profile: str = "full") -> Path:
 
 
 def draft(chapter: str, profile: str) -> Path:
-    """The file of what a chapter has kept: in `data.home()`, for `record`."""
+    """The file of what a chapter has kept: in `files.home()`, for `record`."""
     for value in (chapter, profile):
         if not re.fullmatch(r"\w+", value):
             raise ValueError(f"{value!r} is no name of a chapter or profile: letters, digits, _")
-    return data.home() / "reference" / profile / f"{chapter}.json"
+    return files.home() / "reference" / profile / f"{chapter}.json"
 
 
 def keep(
@@ -231,25 +230,21 @@ def describe(chapter: str, profile: str = "full") -> str:
 def _write(place: Path, content: dict[str, Any]) -> Path:
     """With a digest of all that is in it, which `_read` checks."""
     content = {key: value for key, value in content.items() if key != "digest"}
-    content["digest"] = _digest(content)
+    content["digest"] = files.digest(content)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
     # A list of numbers takes one line, not one per number.
     text = re.sub(r"\[[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
-    store.put(place, f"{text}\n".encode())
+    files.put(place, f"{text}\n".encode())
     return place
 
 
 def _read(place: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    if content.get("digest") != _digest({k: v for k, v in content.items() if k != "digest"}):
+    if content.get("digest") != files.digest({k: v for k, v in content.items() if k != "digest"}):
         raise ValueError(
             f"{place} was changed by hand: write it again with `kdlib reference record`"
         )
     return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _commit() -> str:

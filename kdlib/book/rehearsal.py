@@ -7,7 +7,6 @@ kernel: kdlib itself knows nothing of rehearsals.
 import functools
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 
 import kdlib
-from kdlib import data, group, keys, loop, memory, runs
+from kdlib import data, fast, group, keys, loop, memory, runs, slots, tensorboard
 from kdlib.book import reference
 from kdlib.recipe import Recipe
 
 TIMED = 30  # steps that an estimate is made from, and the most of a reader's own loop
-Line = dict[str, Any]
 
 
 def first_cell(ledger: Path) -> str:
@@ -53,21 +51,15 @@ def start(ledger: str) -> None:
 
 
 def train_all(
-    ledger: str,
-    recipes: Sequence[Recipe],
-    device: str | torch.device = "auto",
-    log_dir: object = None,
-    *,
-    stack: int | None = None,
-    executor: object = None,
+    ledger: str, recipes: Sequence[Recipe], device: str | torch.device = "auto",
+    log_dir: str | Path | None = None, *, stack: int | None = None, executor: object = None,
     threads: int = 1,
-) -> list[runs.Run]:
+) -> list[runs.Run]:  # fmt: skip
     """In place of `kdlib.train_all`: untrained networks for the runs that are not stored.
 
-    Each run goes into the ledger, a file, as a line of JSON.
+    Each run goes into the ledger, a file.
     """
     where = data.resolve_device(device)
-    torch.set_num_threads(threads)
     made: dict[Recipe, runs.Run] = {}
     for level in runs.levels(recipes):
         for run in filter(None, (runs.stored(recipe, where) for recipe in level)):
@@ -75,21 +67,26 @@ def train_all(
             _note(ledger, run.recipe, where, None)
         groups = memory.cut([recipe for recipe in level if recipe not in made], where, stack)
         # Groups are trained side by side on the cores of a CPU, and in turn on a GPU.
-        cores = (os.cpu_count() or 1) // threads if where.type == "cpu" else 1
+        side_by_side = min(slots.cores() // threads, len(groups)) if where.type == "cpu" else 1
         for members in groups:
-            result, seconds = untrained(members, where)
+            result, seconds = untrained(members, where, threads)
             for recipe in members:
-                _note(ledger, recipe, where, seconds / max(1, min(cores, len(groups))))
+                _note(ledger, recipe, where, seconds / max(1, side_by_side))
                 made[recipe] = runs.Run(recipe, **vars(result), cached=False, device=where)
-    return [made[recipe] for recipe in recipes]
+    found = [made[recipe] for recipe in recipes]
+    if log_dir is not None:
+        tensorboard.log(found, Path(log_dir))
+    return found
 
 
-def untrained(members: Sequence[Recipe], device: torch.device) -> tuple[group.Trained, float]:
+def untrained(
+    members: Sequence[Recipe], device: torch.device, threads: int = 1
+) -> tuple[group.Trained, float]:
     """In place of a group's training: a run of a few steps, and the seconds of a run."""
     first = members[0]
     fields = ("dataset", "batch_size", "dropout", "max_norm", "jitter", "precision", "validation")
     shape = Recipe(first.model, **{name: getattr(first, name) for name in fields})
-    result, pace, report = _a_few_steps(shape, len(members), device)
+    result, pace, report = _a_few_steps(shape, len(members), device, threads)
     steps = group.steps(first, device)
     epoch = math.ceil(len(group.rows(first, device)) / first.batch_size)
     return result, steps * pace + report * math.ceil(steps / max(epoch, steps / loop.REPORTS))
@@ -97,45 +94,41 @@ def untrained(members: Sequence[Recipe], device: torch.device) -> tuple[group.Tr
 
 @functools.cache
 def _a_few_steps(
-    shape: Recipe, count: int, device: torch.device
+    shape: Recipe, count: int, device: torch.device, threads: int
 ) -> tuple[group.Trained, float, float]:
     """A run of a stack of some shape, its share of the seconds of a step and of a report."""
-    _, short, long = (
-        group.train([shape.replace(steps=n, seed=run) for run in range(count)], device, {})[0]
-        for n in (2, 2, TIMED)  # the first takes what only the first takes
-    )
+    with fast.threads(threads):
+        _, short, long = (
+            group.train([shape.replace(steps=n, seed=run) for run in range(count)], device, {})[0]
+            for n in (2, 2, TIMED)  # the first takes what only the first takes
+        )
     pace = max(0.0, long.seconds - short.seconds) / (TIMED - 2)
     return long, pace, max(0.0, short.seconds - 2 * pace)
 
 
 def _note(ledger: str, recipe: Recipe, device: torch.device, seconds: float | None) -> None:
-    """Add a run to the ledger; its seconds are None if it is stored."""
-    line = {"key": keys.key(recipe, device), "model": recipe.model, "stored": seconds is None}
-    line |= {"steps": group.steps(recipe, device), "seconds": seconds or 0.0}
-    with Path(ledger).open("a", encoding="utf-8") as file:
-        print(json.dumps(line), file=file)
+    """Add a run to the ledger, once; its seconds are None if it is stored."""
+    noted, key = read(Path(ledger)), keys.key(recipe, device)
+    line = {"model": recipe.model, "steps": group.steps(recipe, device), "seconds": seconds}
+    noted.setdefault(key, line)
+    Path(ledger).write_text(json.dumps(noted), encoding="utf-8")
 
 
-def read(ledger: Path) -> list[Line]:
-    """The runs of a ledger, each once, in the order in which they were first asked for."""
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    first: dict[str, Line] = {}
-    for line in map(json.loads, lines):
-        first.setdefault(line["key"], line)
-    return list(first.values())
+def read(ledger: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a ledger, by their keys, in the order in which they were first asked for."""
+    return json.loads(ledger.read_text(encoding="utf-8")) if ledger.is_file() else {}
 
 
-def report(chapter: str, lines: list[Line], stopped: str) -> list[str]:
+def report(chapter: str, noted: dict[str, dict[str, Any]], stopped: str) -> str:
     """A ledger in words; stopped: the first cell that failed, and how."""
-    new = [line for line in lines if not line["stored"]]
-    head = (
-        f"{chapter}: {len(lines)} runs, {len(lines) - len(new)} of them in the store, "
-        f"about {sum(line['seconds'] for line in new):.0f} s for the others"
-    )
-    if stopped:
-        head += f"\n  a guess from here on, since untrained networks fail {stopped}"
-    return [head] + [
-        f"  {line['key']}  {line['model']:16} {line['steps']:7} steps  "
-        + ("stored" if line["stored"] else f"{line['seconds']:6.1f} s")
-        for line in lines
+    new = [line["seconds"] for line in noted.values() if line["seconds"] is not None]
+    lines = [
+        f"{chapter}: {len(noted)} runs, {len(noted) - len(new)} of them in the store, "
+        f"about {sum(new):.0f} s for the others"
     ]
+    if stopped:
+        lines.append(f"  a guess from here on, since untrained networks fail {stopped}")
+    for key, line in noted.items():
+        time = "stored" if line["seconds"] is None else f"{line['seconds']:6.1f} s"
+        lines.append(f"  {key}  {line['model']:16} {line['steps']:7} steps  {time}")
+    return "\n".join(lines)
