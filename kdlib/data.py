@@ -20,9 +20,11 @@ __all__ = [
     "names", "register", "resolve_device", "subset_rows", "to_input", "translate",
 ]  # fmt: skip
 
-SPLIT_SEED = 1503_02531  # the paper's arXiv number; decides which samples are held out
+# The paper's arXiv number; decides which samples are held out.
+SPLIT_SEED = 1503_02531
 
-Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # train images, labels, test images, labels
+# Train images, train labels, test images, test labels.
+Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
 _registered: dict[str, Callable[[], Arrays]] = {}
 
 
@@ -81,6 +83,7 @@ def register(name: str, loader: Callable[[], Arrays]) -> None:
     if name in files.SOURCES or name == "mnist-5k":
         raise ValueError(f"dataset name {name!r} is built in: choose another name")
     _registered[name] = loader
+    # The cache would still hold the data that had the name before.
     _load.cache_clear()
 
 
@@ -101,6 +104,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError:
         expected = "expected 'auto', 'cpu', 'cuda' or 'mps'"
         raise ValueError(f"unknown device {device!r}: {expected}") from None
+    # A device without a number is the first of its kind.
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
     if (found.index or 0) >= counts.get(found.type, 0):
         raise RuntimeError(
@@ -142,6 +146,7 @@ def _load(name: str, device: torch.device, root: Path) -> Dataset:
     # Drawn on the CPU, so that every device holds out the same samples.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     held_out, rest = order[: len(labels) // 6], order[len(labels) // 6 :]
+    # Sorted, so that the samples of each part keep the order of the files.
     full = Split(images, labels)
     return Dataset(
         name=name,
@@ -173,6 +178,7 @@ def _read_5k() -> Arrays:
 
 
 def _checked(name: str, arrays: Arrays) -> Arrays:
+    # Checked here, since on a GPU a wrong label ends in an error that names no cause.
     for images, labels in (arrays[:2], arrays[2:]):
         found = f"{name}: images are {images.dtype} {tuple(images.shape)}"
         if images.dtype != torch.uint8 or images.dim() != 3:
@@ -227,6 +233,7 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
     columns = torch.arange(width, device=images.device) - shifts[:, 1:]
     inside = ((rows >= 0) & (rows < height))[:, :, None]
     inside = inside & ((columns >= 0) & (columns < width))[:, None, :]
+    # What is read from beyond the edge is multiplied by 0 below; the clamp only keeps it legal.
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     sample = torch.arange(len(images), device=images.device)[:, None, None]
     return images[sample, rows[:, :, None], columns[:, None, :]] * inside

@@ -15,8 +15,10 @@ from kdlib.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
-FEWEST = 5  # pairs, or runs per row, below which a comparison decides nothing
-LEVEL = 0.05  # the chance of calling a difference where there is none
+# A comparison of fewer pairs, or of fewer runs in a row, decides nothing.
+FEWEST = 5
+# The chance of calling a difference where there is none.
+LEVEL = 0.05
 
 
 class Result(Protocol):
@@ -206,6 +208,7 @@ def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """
     adjusted, highest = list(comparisons), 0.0
     decisive = [at for at, one in enumerate(comparisons) if one.count >= FEWEST]
+    # From the smallest p on: none may end below a smaller one's.
     for rank, at in enumerate(sorted(decisive, key=lambda at: comparisons[at].p)):
         highest = max(highest, min(1.0, (len(decisive) - rank) * comparisons[at].p))
         adjusted[at] = replace(comparisons[at], p=highest)
@@ -256,6 +259,7 @@ def _t_interval(samples: Sequence[np.ndarray]) -> tuple[float, float, float, flo
     # Values that never vary leave no doubt, and no degrees of freedom to compute.
     if error == 0:
         return mean, mean, mean, float(mean == 0)
+    # Welch and Satterthwaite's degrees of freedom: of a single sample, its size less one.
     sizes = np.array([len(sample) for sample in samples])
     freedom = squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum()
     half = stdtrit(freedom, 1 - LEVEL / 2) * error
@@ -278,6 +282,7 @@ def wilson_interval(errors: int, total: int, z: float = 1.959964) -> tuple[float
 
 def confusion(logits: Tensor, labels: Tensor, classes: int = 10) -> Tensor:
     """Counts (classes, classes): a row per true class, a column per answer."""
+    # One number for each pair of class and answer, so that one call counts them all.
     pairs = labels * classes + logits.argmax(-1)
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
@@ -294,6 +299,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     """
     confidence, answer = probabilities.max(-1)
     right = (answer == labels).double()
+    # A confidence of exactly 1 belongs to the last bin.
     place = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=labels.device)
     gaps.index_add_(0, place, right - confidence.double())
@@ -317,5 +323,6 @@ def bias_shift(logits: Tensor, classes: Sequence[int], answers: Tensor, grid: Te
     raised = torch.zeros_like(logits[0])
     raised[list(classes)] = 1
     wrong = torch.stack([((logits + s * raised).argmax(-1) != answers).sum() for s in grid])
+    # Any shift on the plateau of the fewest is as good; its middle is the farthest from worse ones.
     best = (wrong == wrong.min()).nonzero().squeeze(1).tolist()
     return grid[best[(len(best) - 1) // 2]].item()

@@ -21,7 +21,8 @@ import filelock
 
 DECIDES_NOTHING = "it accepts only files of known SHA-256, and a run's key has that digest"
 
-LONGEST_SILENCE = 20.0  # seconds without a byte, after which a download is given up
+# Seconds without a byte, after which a download is given up.
+LONGEST_SILENCE = 20.0
 
 _MNIST = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -204,14 +205,16 @@ def _download(name: str, where: Path, raw: Path) -> None:
 def _status(name: str, where: Path) -> Status:
     layout, digests = SOURCES[name]
     raw = where / layout / "raw"
+    # All of them first, so that nothing is downloaded in vain when only the last is a folder.
+    for path in (raw / file for file in digests):
+        if os.path.isdir(path):
+            raise DataError(f"{path} is a folder, expected a file: remove it")
     for file, expected in digests.items():
         path = raw / file
         try:
             found = hashlib.sha256(path.read_bytes()).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return Status(name, "missing", raw, f"no file {path}")
-        except IsADirectoryError as error:
-            raise DataError(f"{path} is a folder, expected a file: remove it") from error
         except OSError as error:
             raise DataError(f"cannot read {name} ({error}): make it readable") from error
         if found != expected:

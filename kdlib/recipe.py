@@ -65,6 +65,7 @@ class Recipe:
             raise ValueError(
                 f"dropout is {self.dropout} but model {self.model!r} has none: use an mlp model"
             )
+        # Without a teacher the weight would have no effect, so another value is a slip.
         if not self.teacher and self.hard_weight != 1:
             raise ValueError(
                 f"hard_weight is {self.hard_weight} but there is no teacher: "

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -17,13 +16,15 @@ import filelock
 import torch
 from torch import Tensor
 
-from kdlib import data
+from kdlib import files
+
+DECIDES_NOTHING = "it keeps what was trained, and checks that it is read as it was written"
 
 Weights = dict[str, Tensor]
 
 
 class StoreError(RuntimeError):
-    """The store cannot be written or read; the message says what to do."""
+    """The store cannot be written or read; the message suggests what to do."""
 
 
 @dataclass(frozen=True)
@@ -38,53 +39,41 @@ class Entry:
     status: str
 
 
-def put(path: Path, content: bytes) -> None:
-    """Write a file beside and rename it into place. Nothing is left where that fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _flush(beside, content)
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
-
-
 def folder() -> Path:
-    """Where the runs live: `runs` in `data.home()`."""
-    return data.home() / "runs"
+    """The folder of the runs: `runs` in `files.home()`."""
+    return files.home() / "runs"
 
 
 def write(key: str, record: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """Store a run under its key; the record as `read` gives it.
+    """Store a run under its key; returns the record as `read` gives it.
 
     Raises StoreError when the disk is full or read-only.
     """
-    from safetensors.torch import save  # a bare machine measures without it
+    from safetensors.torch import save
 
-    content = save({name: weight.cpu().contiguous() for name, weight in weights.items()})
+    # A copy of each: safetensors refuses tensors that share memory, as tied weights and views do.
+    content = save({name: weight.cpu().contiguous().clone() for name, weight in weights.items()})
     record = record | {"key": key, "weights": hashlib.sha256(content).hexdigest()}
-    text = json.dumps({"digest": _digest(record), "run": record}, indent=1)
+    text = json.dumps({"digest": files.digest(record), "run": record}, indent=1)
     beside = folder() / f".{key}.new"
     try:
+        # What a process left that was killed here; its lock is ours now.
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        _flush(beside / "weights.safetensors", content)
-        _flush(beside / "run.json", text.encode())
-        shutil.rmtree(folder() / key, ignore_errors=True)  # a damaged one, if any
-        os.replace(beside, folder() / key)
+        files.put(beside / "weights.safetensors", content)
+        files.put(beside / "run.json", text.encode())
+        # Whatever has the key's name is damaged, or the run would not have been trained.
+        shutil.rmtree(folder() / key, ignore_errors=True)
+        beside.replace(folder() / key)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise StoreError(
-            f"cannot store a run in {folder()} ({error}): make room with `kdlib runs --prune`, "
-            "or set KDLIB_HOME to a folder that can be written; what is stored stays"
+        raise _error(
+            "cannot store a run", error, "make room with `kdlib runs --prune`; what is stored stays"
         ) from error
     return record
 
 
 def read(key: str) -> tuple[dict[str, Any], Weights] | None:
-    """A stored run's record and weights, or None when it is missing or damaged."""
+    """A stored run's record and weights, or None if it is missing or damaged."""
     from safetensors.torch import load
 
     try:
@@ -97,78 +86,74 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
     record = saved.get("run") if isinstance(saved, dict) else None
     if (
         isinstance(record, dict)
-        and saved.get("digest") == _digest(record)
+        and saved.get("digest") == files.digest(record)
+        # A folder that was renamed or copied holds another recipe's run.
         and record.get("key") == key
         and record.get("weights") == hashlib.sha256(content).hexdigest()
     ):
         return record, load(content)
-    warnings.warn(f"the stored run {folder() / key} is damaged: made anew", stacklevel=2)
+    warnings.warn(f"the stored run {folder() / key} is damaged: it is trained again", stacklevel=2)
     return None
 
 
 def stored() -> list[Entry]:
     """All runs in the store, oldest first."""
-    entries = []
-    for path in folder().glob("[!.]*/run.json"):
-        try:
-            record = json.loads(path.read_bytes())["run"]
-            size = sum(file.stat().st_size for file in path.parent.iterdir())
-            entry = Entry(
-                path.parent.name,
-                record["recipe"],
-                size,
-                record["seconds"],
-                record["provenance"]["date"],
-                record["metrics"]["status"],
-            )
-        except (ValueError, KeyError, TypeError):
-            entry = Entry(path.parent.name, {}, 0, 0.0, "", "damaged")
-        entries.append(entry)
-    return sorted(entries, key=lambda entry: entry.created)
+    return sorted(map(_entry, folder().glob("[!.]*/run.json")), key=lambda entry: entry.created)
+
+
+def _entry(path: Path) -> Entry:
+    try:
+        record = json.loads(path.read_bytes())["run"]
+        size = sum(file.stat().st_size for file in path.parent.iterdir())
+        date, status = record["provenance"]["date"], record["metrics"]["status"]
+        return Entry(path.parent.name, record["recipe"], size, record["seconds"], date, status)
+    except (ValueError, KeyError, TypeError):
+        return Entry(path.parent.name, {}, 0, 0.0, "", "damaged")
 
 
 def prune(keys: Iterable[str] | None = None) -> int:
     """Remove runs by key, or with None all runs, checkpoints and leftovers; bytes freed."""
     paths = [folder() / key for key in keys] if keys is not None else list(folder().glob("*"))
-    paths = [path for path in paths if path.name != ".locks"]
     freed = 0
     for path in paths:
+        # A key comes from the command line: nothing but a run's own folder is ever removed.
         if keys is not None and not (path.name.isalnum() and (path / "run.json").is_file()):
             raise StoreError(f"no stored run {path.name!r}: see `kdlib runs`")
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        freed += sum(file.stat().st_size for file in files)
+        # Another process may hold a lock.
+        if path.name == ".locks":
+            continue
+        below = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        freed += sum(file.stat().st_size for file in below)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return freed
 
 
 @contextlib.contextmanager
 def locked(keys: Sequence[str]) -> Iterator[None]:
-    """Hold some keys, so that a second process waits and then finds the runs made."""
+    """Hold some keys, so that a second process waits and then finds the runs."""
     locks = folder() / ".locks"
     with contextlib.ExitStack() as held:
         try:
             locks.mkdir(parents=True, exist_ok=True)
-            for key in sorted(keys):  # in one order everywhere: no deadlock
+            # In one order everywhere: two processes cannot wait for each other.
+            for key in sorted(keys):
                 held.enter_context(filelock.FileLock(locks / f"{key}.lock"))
         except OSError as error:
-            raise StoreError(
-                f"cannot write to the store {folder()} ({error}): "
-                "set KDLIB_HOME to a folder that can be written"
-            ) from error
+            raise _error("cannot write to the store", error, "nothing was trained") from error
         yield
 
 
 def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
-    """Keep the state of an unfinished group, in place of its last one."""
-    path = _checkpoint(keys)
+    """Keep the state of an unfinished group, in place of its previous one."""
     content = io.BytesIO()
     torch.save({"keys": list(keys), "snapshot": snapshot}, content)
     try:
-        put(path, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+        files.put(
+            _checkpoint(keys), hashlib.sha256(content.getvalue()).digest() + content.getvalue()
+        )
     except OSError as error:
-        raise StoreError(
-            f"cannot write a checkpoint to {path.parent} ({error}): make room, or set "
-            "KDLIB_HOME to another folder; the last checkpoint stays"
+        raise _error(
+            "cannot write a checkpoint", error, "make room; the last checkpoint stays"
         ) from error
 
 
@@ -192,6 +177,7 @@ def unfinished() -> list[list[str]]:
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         content = path.read_bytes()
+        # PyTorch's own format does not notice a changed byte among the weights.
         if hashlib.sha256(content[32:]).digest() != content[:32]:
             raise OSError("its bytes have changed")
         return torch.load(  # type: ignore[no-any-return]
@@ -205,16 +191,11 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def _checkpoint(keys: Sequence[str]) -> Path:
-    name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:24]
-    return folder() / ".checkpoints" / f"{name}.pt"
+    return folder() / ".checkpoints" / f"{files.digest(list(keys))[:24]}.pt"
 
 
-def _flush(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def _error(problem: str, cause: OSError, remedy: str) -> StoreError:
+    return StoreError(
+        f"{problem} in {folder()} ({cause}): {remedy}, or set KDLIB_HOME to a folder that can be "
+        "written"
+    )

@@ -33,6 +33,7 @@ def pretrained(name: str, device: str | torch.device = "auto", *, folder: Path =
         raise ValueError(f"no pretrained {name!r}: expected one of {', '.join(names(folder))}")
     record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     path = folder / f"{name}.safetensors"
+    # A missing file counts as an empty one, whose digest cannot agree.
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise ValueError(f"{path} is missing or damaged: reinstall kdlib")
@@ -53,6 +54,7 @@ def keep(name: str, run: Run, folder: Path = FOLDER) -> Path:
     from safetensors.torch import save
 
     rounded = {key: value.half() for key, value in run.weights.items()}
+    # Counted again, since the rounded network is the one that readers get.
     test = data.load(run.recipe.dataset, run.device).test
     network = replace(run, weights=rounded).model()
     errors = loop.count_errors(network, test.images, test.labels)

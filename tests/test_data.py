@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -160,6 +162,16 @@ def moved(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @calm
+@given(moved(), st.integers(1, 3))
+def test_channels_move_together(given: tuple[np.ndarray, np.ndarray], channels: int) -> None:
+    images, shifts = map(torch.from_numpy, given)
+    colours = torch.stack([images + part for part in range(channels)], dim=1)
+    got = data.translate(colours, shifts)
+    for part in range(channels):
+        assert torch.equal(got[:, part], data.translate(colours[:, part], shifts))
+
+
+@calm
 @given(moved())
 def test_translation_moves_whole_pixels(given: tuple[np.ndarray, np.ndarray]) -> None:
     images, shifts = given
@@ -173,26 +185,17 @@ def test_translation_moves_whole_pixels(given: tuple[np.ndarray, np.ndarray]) ->
         np.testing.assert_array_equal(mine, expected)
 
 
-def test_bug_jitter_is_no_colour_jitter() -> None:
-    digits = data.load("mnist-5k", "cpu").test.images
-    inner = torch.zeros_like(digits)
-    inner[:, 2:-2, 2:-2] = digits[:, 2:-2, 2:-2]
-    shifts = torch.randint(-2, 3, (len(inner), 2), generator=torch.Generator().manual_seed(0))
-    images = data.translate(inner, shifts)
-    ink = inner.flatten(1).sort().values
-    assert torch.equal(images.flatten(1).sort().values, ink)  # the same ink, elsewhere
-    brighter = (inner.float() * 1.4).clamp(max=255).to(torch.uint8)
-    assert not torch.equal(brighter.flatten(1).sort().values, ink)
-
-
-def test_the_networks_see_ink_between_0_and_1() -> None:
-    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+def test_networks_take_ink_as_a_fraction_with_the_channel_last_in_memory() -> None:
+    images = torch.arange(2 * 28 * 28).remainder(256).to(torch.uint8).view(2, 28, 28)
+    before = images.clone()
     inputs = data.to_input(images)
-    assert inputs.shape == (1, 1, 16, 16)
-    assert inputs.dtype == torch.float32
-    torch.testing.assert_close(inputs.flatten() * 255, torch.arange(256.0))
-    assert images[0, 0, 5] == 5  # not changed in place
-    assert data.to_input(images[None]).shape == (1, 1, 1, 16, 16)
+    torch.testing.assert_close(inputs, images[:, None] / 255)
+    assert inputs.stride() == (784, 1, 28, 1)  # else convolutions take twice as long on a CPU
+    stacked = data.to_input(images[None])
+    assert torch.equal(stacked, inputs[None])
+    colours = torch.stack([images, 255 - images, images], dim=1)
+    torch.testing.assert_close(data.to_input(colours, has_channels=True), colours / 255)
+    assert torch.equal(images, before)  # not changed in place
 
 
 # --- names, devices, folders
@@ -262,6 +265,63 @@ def test_the_environment_says_where_files_are(
     assert (data.home(), data.folder()) == (tmp_path / "home", tmp_path / "elsewhere")
     monkeypatch.delenv("KDLIB_HOME")
     assert data.home().name == "kdlib"
+    monkeypatch.setenv("KDLIB_HOME", "~/here")
+    assert data.home() == Path.home() / "here"
+
+
+def test_a_relative_folder_is_one_folder_in_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook's kernel is a child of the process that the user started, in another directory."""
+    show = "from kdlib import files; print(files.home(), files.data_folder(), sep='|')"
+    child = (
+        f"import kdlib, subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {show!r}], cwd='book', check=True); {show}"
+    )
+    (tmp_path / "book").mkdir()
+    found = subprocess.run(
+        [sys.executable, "-c", child],
+        cwd=tmp_path,
+        env=os.environ
+        | {"KDLIB_HOME": "runs here", "KDLIB_DATA": "../data", "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    once = f"{tmp_path / 'runs here'}|{tmp_path / '../data'}"
+    assert found.stdout.splitlines() == [once, once]
+    # A relative path set later means the directory in which it is first used.
+    monkeypatch.setenv("KDLIB_HOME", "later")
+    monkeypatch.chdir(tmp_path)
+    first = data.home()
+    monkeypatch.chdir(tmp_path / "book")
+    assert data.home() == first == tmp_path / "later"
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "new" / "file"
+    files.put(place, b"before")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, step, fail)
+            with pytest.raises(KeyboardInterrupt):
+                files.put(place, b"after")
+        assert place.read_bytes() == b"before"
+        assert list(place.parent.iterdir()) == [place]
+
+
+def test_the_digest_of_a_value_knows_no_order_of_keys() -> None:
+    value = {"b": [1, 2.5, None], "a": "\u00e9"}
+    text = '{"a": "\\u00e9", "b": [1, 2.5, null]}'
+    assert files.digest(value) == hashlib.sha256(text.encode()).hexdigest()
+    assert files.digest(dict(reversed(value.items()))) == files.digest(value)
 
 
 # --- files: a small dataset in MNIST's format, under MNIST's name
@@ -422,15 +482,6 @@ def test_one_changed_byte_is_noticed(
     check_loaded(tmp_path)
 
 
-@pytest.mark.parametrize("keep", [0, 10, 5000])
-def test_a_truncated_file_is_noticed(small: dict[str, bytes], tmp_path: Path, keep: int) -> None:
-    raw = put(small, tmp_path)
-    (raw / FILES[0]).write_bytes(small[FILES[0]][:keep])
-    assert state(tmp_path)[0] == "corrupt"
-    with pytest.raises(DataError, match=f"{FILES[0]} has SHA-256"):
-        data.load("mnist", "cpu", tmp_path)
-
-
 def test_a_missing_file_without_a_network(
     small: dict[str, bytes], no_network: None, tmp_path: Path
 ) -> None:
@@ -478,18 +529,7 @@ def no_http(handler: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
     handler.wfile.write(b"220 mail.example.org ESMTP\r\n")
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        cut_short,
-        one_byte_wrong,
-        unavailable,
-        hang_up,
-        pytest.param(
-            no_http,
-        ),
-    ],
-)
+@pytest.mark.parametrize("answer", [cut_short, one_byte_wrong, unavailable, hang_up, no_http])
 def test_a_download_that_fails_leaves_nothing(
     mirror: Mirror, tmp_path: Path, answer: Answer
 ) -> None:
@@ -500,6 +540,30 @@ def test_a_download_that_fails_leaves_nothing(
     assert files_below(tmp_path) == []
     mirror.answer = whole
     check_loaded(tmp_path)
+
+
+def test_a_server_that_never_answers_is_given_up(
+    mirror: Mirror,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended = threading.Event()
+
+    def silent(handler: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
+        ended.wait(60)
+
+    mirror.answer = silent
+    monkeypatch.setattr(files, "LONGEST_SILENCE", 0.2)
+    try:
+        with pytest.raises(DataError, match=r"mnist .* could not be downloaded .*timed out"):
+            data.load("mnist", "cpu", tmp_path)
+        assert mirror.asked
+        assert f"downloading mnist to {tmp_path / 'MNIST' / 'raw'}" in capsys.readouterr().err
+        assert socket.getdefaulttimeout() is None  # other connections are not limited
+        assert files_below(tmp_path) == []
+    finally:
+        ended.set()
 
 
 def test_other_digits_with_a_right_md5_are_refused(
@@ -550,14 +614,6 @@ def download_killed(mirror: Mirror, small: dict[str, bytes], root: Path) -> None
     assert exit_codes(*victims) == [-signal.SIGKILL]
     assert any("train" in path for path in files_below(root))
     mirror.answer = whole
-
-
-def test_a_killed_download_is_made_again(
-    mirror: Mirror, small: dict[str, bytes], tmp_path: Path
-) -> None:
-    download_killed(mirror, small, tmp_path)
-    assert list((tmp_path / "MNIST" / "raw").iterdir()) == []
-    check_loaded(tmp_path)
 
 
 def test_the_remains_of_a_killed_download_go(
@@ -634,6 +690,19 @@ def test_a_folder_that_cannot_be_made(mirror: Mirror, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"cannot write mnist to {below} .*KDLIB_DATA"):
         data.load("mnist", "cpu", below)
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_folder_with_a_files_name_is_named(
+    small: dict[str, bytes], mirror: Mirror, tmp_path: Path, in_place: bool
+) -> None:
+    raw = put(small if in_place else {}, tmp_path)
+    (raw / FILES[2]).unlink(missing_ok=True)
+    (raw / FILES[2]).mkdir()
+    for work in (data.available, lambda root: data.load("mnist", "cpu", root)):
+        with pytest.raises(DataError, match=f"{FILES[2]} is a folder, expected a file: remove it"):
+            work(tmp_path)
+    assert mirror.asked == []
 
 
 @pytest.mark.parametrize("closed", ["MNIST/raw", f"MNIST/raw/{FILES[0]}"])
@@ -737,10 +806,3 @@ def test_the_real_fashion_mnist(real_data: Path) -> None:
     clothes = data.load("fashion-mnist", "cpu", real_data)
     assert clothes.full.labels.bincount().tolist() == [6000] * 10
     assert clothes.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
-
-
-def test_networks_see_ink_as_a_fraction_with_the_channel_last_in_memory() -> None:
-    images = torch.arange(2 * 28 * 28).remainder(256).to(torch.uint8).view(2, 28, 28)
-    seen = data.to_input(images)
-    torch.testing.assert_close(seen, images[:, None] / 255)
-    assert seen.stride() == (784, 1, 28, 1)  # else convolutions take twice as long on a CPU

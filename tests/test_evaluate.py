@@ -109,6 +109,7 @@ def test_the_verdicts() -> None:
         assert verdict(FEW, FEW[::-1], paired=paired, margin=20) == "alike"
         assert verdict(FEW, FEW[::-1], paired=paired, margin=1) == "too close to call"
         assert verdict(LESS, FEW, paired=paired, margin=70) == "fewer"
+        assert verdict(FEW, LESS, paired=paired, margin=70) == "more"
         assert verdict(LESS, FEW, paired=paired, margin=90) == "alike"  # as declared
     assert verdict(FEW, LESS[:4]) == "too close to call"  # the smaller row counts
     assert verdict([5] * 5, [5] * 5, margin=1) == "alike"

@@ -41,6 +41,7 @@ BAD: dict[str, list[Any]] = {
     "hard_weight": [-0.1, 1.1, NAN, "0.5", None, True],
     "precision": ["fp16", None, 32],
     "seed": [-1, 1.5, None, "0", True, 2**63],
+    "label_smoothing": [-0.1, 1, NAN, "0.1", None, True],
 }
 OTHER: dict[str, Any] = {
     "model": "mlp-9",
@@ -63,6 +64,7 @@ OTHER: dict[str, Any] = {
     "hard_weight": 0.5,
     "precision": "bf16",
     "seed": 1,
+    "label_smoothing": 0.1,
 }
 
 
@@ -135,11 +137,13 @@ def test_lists_as_papermill_gives_them() -> None:
 
 @pytest.mark.parametrize("field", OTHER)
 def test_each_field_decides_the_key(field: str) -> None:
-    before = Recipe("mlp-8", teacher=(TEACHER,))
+    # A temperature needs a teacher, smoothed labels allow none.
+    teacher = () if field == "label_smoothing" else (TEACHER,)
+    before = Recipe("mlp-8", teacher=teacher)
     after = before.replace(**{field: OTHER[field]})
     assert re.fullmatch("[0-9a-f]{16}", before.key)
     assert before.key != after.key
-    assert before.key == Recipe("mlp-8", teacher=(TEACHER,)).key
+    assert before.key == Recipe("mlp-8", teacher=teacher).key
 
 
 def test_a_teachers_field_decides_the_key() -> None:

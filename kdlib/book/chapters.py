@@ -13,7 +13,8 @@ from kdlib import check, data
 
 Parameters = dict[str, Any]
 FALLBACK = "mnist-5k"
-UNKNOWN = ...  # in place of a default that only running the cell would give
+# In place of a default that only running the cell would give.
+UNKNOWN = ...
 
 
 class BookError(RuntimeError):
@@ -73,6 +74,7 @@ def choose(names: Sequence[str]) -> list[str]:
     """Chapters by name or number, in the book's order; all of them if none is named."""
     known = chapters()
     numbers = {name.split("_")[0].lstrip("0"): name for name in known}
+    # A shell completes to the file's name.
     stems = [Path(name).stem for name in names]
     wanted = {numbers.get(stem.lstrip("0"), stem) for stem in stems}
     for name in sorted(wanted - set(known)):
@@ -103,6 +105,7 @@ def assignments(source: str) -> dict[str, Parameter]:
     """
     from IPython.core.inputtransformer2 import TransformerManager
 
+    # A line of magic becomes a function call, which ast can read.
     code: str = TransformerManager().transform_cell(source)  # type: ignore[no-untyped-call]
     found = {}
     for node in ast.parse(code).body:
@@ -195,6 +198,7 @@ def _with_data(listed: list[Job]) -> tuple[list[Job], str]:
         if wanting:
             data.load("mnist", "cpu")
     except data.DataError as error:
+        # Damaged files are the user's to see: the sample would hide them.
         if "damaged" in str(error):
             raise
         for job in wanting:
@@ -218,12 +222,14 @@ def _rule(default: Any) -> check.Rule:
     A number may be any number: whether it must be whole, the chapter's own check decides,
     and papermill and JupyterLab go by that check alone.
     """
+    # True is an int in Python, so this comes first.
     if isinstance(default, bool):
         return check.boolean()
     if isinstance(default, int | float):
         return check.Rule("a number", check.number().read)
     if isinstance(default, str):
-        return check.Rule("text", str.strip)  # a method of str refuses all else
+        # A method of str raises TypeError for all else.
+        return check.Rule("text", str.strip)
     if isinstance(default, list | tuple) and default:
         items = _rule(default[0])
         return check.each(items, f"a list, each {items.expected}")

@@ -1,14 +1,5 @@
-"""The command line: papermill over the chain of chapters, then the site."""
+"""Execute and render the book on knowledge distillation.
 
-import argparse
-import sys
-from collections.abc import Sequence
-
-from kdlib import check, data, store
-from kdlib.book import chapters, execute, reference
-
-PROFILES = ("smoke", "quick", "full")
-EXAMPLES = """\
 examples:
   kdlib run                                        all chapters, at a laptop's scale
   kdlib run --profile smoke                        the whole chain in two minutes
@@ -22,11 +13,21 @@ folders: KDLIB_HOME holds the runs and the data (default: the platform's cache f
 KDLIB_DATA the datasets alone, in torchvision's layout.
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kdlib import check, data, store
+from kdlib.book import chapters, execute, reference
+
+PROFILES = ("smoke", "quick", "full")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it is done, 1 with one line that tells why not."""
     options = _parser().parse_args(arguments)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack “–”
+    # A terminal's encoding may lack “–”, and a line with “?” is better than none.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         return int(options.command(options) or 0)
     except ModuleNotFoundError as error:
@@ -41,12 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kdlib",
-        description="Execute and render the book on knowledge distillation.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    # The text at the top of this file is the manual.
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("kdlib", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _run_options(commands.add_parser("run", help="execute chapters through papermill"))
     build = commands.add_parser("build", help="render what has been executed to _build/html")
@@ -110,7 +108,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from kdlib.book import site  # it needs the book's packages
+    # Importing it needs the book's packages, which the other commands do without.
+    from kdlib.book import site
 
     index = site.build(options.profile)
     print("\n".join(site.summary(options.profile)))

@@ -22,8 +22,8 @@ from kdlib.book.chapters import BookError, Job, made, read_notebook, root, write
 
 # A change in these needs no new run.
 MAKERS = ("chapters.py", "cli.py", "execute.py", "rehearsal.py", "site.py")
-MEMORY = 2 * 2**30  # bytes for a chapter's kernel and the trainings that it starts
-
+# Bytes: a chapter's kernel takes one GiB at smoke, and its trainings share much of that.
+MEMORY = 2 * 2**30
 # papermill in a process of its own: it changes the working directory, which is a process's.
 # The process watches its standard input, whose other end only the press holds: so it ends
 # with the press, however that ends.
@@ -78,7 +78,8 @@ class Workplace:
                 stdout=log,
                 stderr=None if bar else log,
                 env=os.environ | settings,
-                process_group=0,  # Ctrl-C reaches the press alone, which ends the others
+                # A terminal's Ctrl-C reaches the press alone, which then ends the others.
+                process_group=0,
             )
         self.processes.append(process)
         return process
@@ -98,6 +99,7 @@ def workplace() -> Iterator[Workplace]:
 
     build = root() / "_build"
     build.mkdir(exist_ok=True)
+    # The process that made a folder is in its name: others may run beside this one.
     for left in build.glob(".run-*"):
         if not psutil.pid_exists(int(left.name.split("-")[1])):
             shutil.rmtree(left, ignore_errors=True)
@@ -107,6 +109,7 @@ def workplace() -> Iterator[Workplace]:
         try:
             yield place
         finally:
+            # What watches the pipe ends now; the folder goes when nobody writes into it.
             os.close(holding)
             for process in place.processes:
                 process.wait()
@@ -137,11 +140,13 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
             if waiting and not failed and len(running) < many:
                 job = waiting.pop(0)
                 if not force and made(job.page).get("digest") == _digest(job):
-                    os.utime(job.page)  # the latest of its chapter: the one that is published
+                    # The page asked for last is the one that is published.
+                    os.utime(job.page)
                     tell(f"{job.chapter}: up to date")
                 else:
                     running[place.papermill(job, job.source, alone=many == 1)] = job
                 continue
+            # Nothing waits for the first of several processes on every system: look now and then.
             time.sleep(0.05)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
@@ -174,6 +179,7 @@ def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": _digest(job),
     }
+    # The last page stays until the new one is complete.
     write_notebook(clean(notebook), output)
     job.page.parent.mkdir(parents=True, exist_ok=True)
     os.replace(output, job.page)
@@ -192,9 +198,11 @@ def _fault(job: Job, page: Path, process: subprocess.Popen[bytes]) -> str:
         for output in cell.outputs:
             if output.output_type == "error":
                 return f"in {_name(job, cell)}: {output.ename}: {output.evalue}"
-    if code:  # a dead kernel leaves no error in its last cell
+    # A dead kernel leaves no error in its last cell; papermill then ends with 138.
+    if code:
         died = "the kernel died" if code == 138 else f"papermill ended with exit code {code}"
         return f"in {_name(job, begun[-1]) if begun else 'no cell'}: {died}"
+    # A page without its figures looks whole to papermill and to Jupyter Book.
     for cell in cells:
         kinds = " ".join(kind for each in cell.outputs for kind in each.get("data", {}))
         if "figure" in cell.metadata.get("mystnb", {}) and "image/" not in kinds:
@@ -220,6 +228,7 @@ def rehearse(job: Job) -> str:
     with workplace() as place:
         ledger, source = place.folder / "ledger.json", place.folder / "source.ipynb"
         notebook = read_notebook(job.source)
+        # papermill then goes on after an error.
         for cell in notebook.cells:
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "raises-exception"]
         first = nbformat.v4.new_code_cell(rehearsal.first_cell(ledger))  # type: ignore[no-untyped-call]

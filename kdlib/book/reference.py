@@ -20,7 +20,8 @@ from kdlib.recipe import Recipe
 from kdlib.runs import Run
 
 Measures = Mapping[str, Mapping[str, Sequence[float]]]  # row -> metric -> one value per run
-APART = {"device", "profile"}  # parameters that decide no result
+# Parameters that decide no result.
+APART = {"device", "profile"}
 _OF_A_RUN = ("metrics", "seconds", "provenance")
 
 
@@ -104,7 +105,8 @@ def keep(
     content = {"chapter": chapter, "profile": profile, "code": code_digest(), "rows": lines}
     try:
         _write(place, content | {"parameters": ran})
-    except OSError as error:  # a full store on a read-only disk is enough for a reader
+    # A full store on a read-only disk is enough for a reader.
+    except OSError as error:
         print(f"kdlib: no results are kept for a record: {error.strerror}", file=sys.stderr)
     return place
 
@@ -113,7 +115,8 @@ def _line(result: Run | Recorded) -> dict[str, Any]:
     if isinstance(result, Recorded):
         return dict(vars(result))
     line: dict[str, Any] = {name: getattr(result, name) for name in _OF_A_RUN}
-    if result.metrics["status"] == "ok":  # one that diverged may get all of them wrong
+    # A run that diverged may get all of them wrong, and such a list tells nothing.
+    if result.metrics["status"] == "ok":
         labels = data.load(result.recipe.dataset, result.device).test.labels
         answers = result.logits("test").argmax(1)
         line["wrong"] = (answers != labels).nonzero().flatten().tolist()
@@ -133,6 +136,7 @@ def _of_this_notebook() -> dict[str, Any]:
         raise ValueError("outside of a notebook, keep needs parameters={name: value}")
     found: dict[str, Any] = {}
     for source in shell.user_ns["In"]:
+        # A cell that could not run has changed nothing.
         with contextlib.suppress(SyntaxError):
             cell = chapters.assignments(source)
             found |= {n: p.default for n, p in cell.items() if p.default is not chapters.UNKNOWN}
@@ -184,6 +188,7 @@ def results(chapter: str, profile: str = "full") -> dict[str, list[Recorded]] | 
     if not path(chapter, profile).is_file():
         return None
     rows = _read(path(chapter, profile))["rows"]
+    # Older records have no `wrong`, and only runs have a recipe.
     for line in (line for lines in rows.values() for line in lines):
         line["recipe"] = line["recipe"] and Recipe.from_dict(line["recipe"])
     return {name: [Recorded(**line) for line in lines] for name, lines in rows.items()}

@@ -18,7 +18,8 @@ from kdlib import data, fast, group, keys, loop, memory, runs, slots, tensorboar
 from kdlib.book import reference
 from kdlib.recipe import Recipe
 
-TIMED = 30  # steps that an estimate is made from, and the most of a reader's own loop
+# Steps that an estimate is made from, and the most of a loop of the notebook's own.
+TIMED = 30
 
 
 def first_cell(ledger: Path) -> str:
@@ -32,6 +33,7 @@ def first_cell(ledger: Path) -> str:
 
 def start(ledger: str) -> None:
     """From here on this process trains nothing: see `train_all`; and it keeps no results."""
+    # What trains inside `group.train` is this very function, a few steps long as well.
     real = loop.fit
 
     def fit(*given: Any, **settings: Any) -> loop.Curves:
@@ -44,6 +46,7 @@ def start(ledger: str) -> None:
         "fit": fit,
         "keep": lambda chapter, profile, *_, **__: reference.draft(chapter, profile),
     }
+    # kdlib names the same functions in several modules.
     for name, function in replaced.items():
         for module in (kdlib, runs, loop, reference):
             if hasattr(module, name):
@@ -84,6 +87,7 @@ def untrained(
 ) -> tuple[group.Trained, float]:
     """In place of a group's training: a run of a few steps, and the seconds of a run."""
     first = members[0]
+    # Seeds, rates and teachers' logits change the time of a step by nothing worth timing.
     fields = ("dataset", "batch_size", "dropout", "max_norm", "jitter", "precision", "validation")
     shape = Recipe(first.model, **{name: getattr(first, name) for name in fields})
     result, pace, report = _a_few_steps(shape, len(members), device, threads)
@@ -100,7 +104,8 @@ def _a_few_steps(
     with fast.threads(threads):
         _, short, long = (
             group.train([shape.replace(steps=n, seed=run) for run in range(count)], device, {})[0]
-            for n in (2, 2, TIMED)  # the first takes what only the first takes
+            # The first training also loads the data and starts the device: not counted.
+            for n in (2, 2, TIMED)
         )
     pace = max(0.0, long.seconds - short.seconds) / (TIMED - 2)
     return long, pace, max(0.0, short.seconds - 2 * pace)
