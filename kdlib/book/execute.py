@@ -21,13 +21,12 @@ from kdlib.book import rehearsal
 from kdlib.book.chapters import BookError, Job, made, read_notebook, root, write_notebook
 
 # A change in these needs no new run.
-MAKERS = ("chapters.py", "cli.py", "execute.py", "rehearsal.py", "site.py")
+MAKERS = ("chapters.py", "cli.py", "execute.py", "rehearsal.py", "site.py", "sphinx_ext.py")
 # Bytes: a chapter's kernel takes one GiB at smoke, and its trainings share much of that.
 MEMORY = 2 * 2**30
 # papermill in a process of its own: it changes the working directory, which is a process's.
 # The process watches its standard input, whose other end only the press holds: so it ends
 # with the press, however that ends.
-_BAR = {True: [], False: ["--no-progress-bar"]}
 _PAPERMILL = """
 import os, signal, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,6 +60,7 @@ class Workplace:
         options = ["-k", "python3", "-l", "python", "-f", str(own / "parameters.yml")]
         options += ["--cwd", str(job.source.parent), "--log-level", "CRITICAL"]
         bar = alone and os.isatty(2)
+        options += ["--progress-bar" if bar else "--no-progress-bar"]
         # Figures depend on the book's settings alone, not on a user's.
         settings = {
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -73,7 +73,7 @@ class Workplace:
         }
         with (own / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PAPERMILL, *paths, *options, *_BAR[bar]],
+                [sys.executable, "-c", _PAPERMILL, *paths, *options],
                 stdin=self.watched,
                 stdout=log,
                 stderr=None if bar else log,
