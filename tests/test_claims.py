@@ -142,8 +142,9 @@ def test_four_pairs_decide_nothing(tmp_path: Path, test: str) -> None:
 
 def test_a_pair_with_a_diverged_run_is_dropped_and_counted(tmp_path: Path) -> None:
     rows = {"a": row(*range(1, 7)), "b": row(11, 13, float("nan"), 14, 15, 17)}
-    [finding] = decide(tmp_path, rows, "fewer: [a, b]")
-    assert "5 pairs, 1 dropped" in finding.shown
+    paired, single = decide(tmp_path, rows, "fewer: [a, b]", "more: [b, 1]")
+    assert "5 pairs, 1 dropped" in paired.shown
+    assert "5 runs, 1 dropped" in single.shown
 
 
 def test_the_comparisons_of_a_figure_are_corrected_together(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_the_table_tells_where_this_run_and_the_reference_run_disagree() -> None
 
     def agreements(**changed: list[Recorded]) -> dict[str, str]:
         html = claims.table(CHAPTER, rows | changed).data
-        return dict(re.findall(r"<td>([^<]*) \([^<]*\)</td>.*?<td>(yes|no|–)</td>", html, re.S))
+        return dict(re.findall(r"<td[^>]*>([^<]*) \([^<]*\)</td>.*?>(yes|no|–)</td>", html, re.S))
 
     first = "A student trained on soft targets makes fewer errors than the same network trained"
     first += " on labels."

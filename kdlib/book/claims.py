@@ -178,6 +178,8 @@ def _judged(claim: Claim, comparisons: Sequence[evaluate.Comparison]) -> Finding
     weakest = min(comparisons, key=lambda one: (_supports(claim, one), sign * one.p))
     ends = {name: getattr(weakest, name) + claim.above for name in ("difference", "low", "high")}
     difference, interval, over, _ = replace(weakest, **ends).as_row().values()
+    if isinstance(claim.rows[1], int | float):
+        over = over.replace("pairs", "runs")
     several = f"weakest of {len(comparisons)}: " * (len(comparisons) > 1)
     verdict = {1: HOLDS, 0: CLOSE, -1: FAILS}[_supports(claim, weakest)]
     return Finding(verdict, f"{several}{difference} {interval}, {over}")
@@ -229,4 +231,8 @@ def page() -> str:
 def _html(head: list[str], lines: list[list[str]]) -> str:
     with pd.option_context("display.max_colwidth", None):
         frame = pd.DataFrame(lines, columns=head)
-        return frame.to_html(index=False, escape=False, border=0, classes="kd-claims")
+        html = frame.to_html(
+            index=False, escape=False, border=0, justify="left", classes="kd-claims"
+        )
+    # JupyterLab sets a table's cells to the right, which suits numbers, not sentences.
+    return html.replace("<td>", '<td style="text-align: left">')
