@@ -1,5 +1,6 @@
 """Claims: what the prose states is what the recorded results support."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from scipy import stats
 
 from kdlib.book import claims, reference
 from kdlib.book.reference import Recorded
+from kdlib.recipe import Recipe
 
 CHAPTER = "07_mnist_reproduction"
 BOOK = claims.read()
@@ -179,6 +181,19 @@ def test_the_table_tells_where_this_run_and_the_reference_run_disagree() -> None
     swapped["distilled student"] = rows["plain student"]
     assert agreements(**swapped)[first] == "no"
     assert agreements(**{"distilled student": rows["distilled student"][:3]})[first] == "–"
+
+
+def test_a_claim_about_what_a_chapter_measures_is_decided_for_this_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = {"sentence": "S.", "fewer": ["a | moved", "a"], "verdict": "holds"}
+    text = yaml.safe_dump({"c": {"f": {"paired": "p", "claims": {"k": claim}}}})
+    (tmp_path / "claims.yml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
+    runs = [dataclasses.replace(one, recipe=Recipe("mlp-30x30", seed=one.seed)) for one in LOW]
+    html = claims.table("c", {"a": runs}, {"a": {"moved": [5, 5, 6, 5, 6, 5]}}).data
+    assert "not tested here" in html  # by the reference run: nothing is recorded
+    assert "<b>holds</b>" in html
 
 
 def test_the_worked_example_of_the_rule_has_the_numbers_of_the_record() -> None:
