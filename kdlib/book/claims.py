@@ -178,6 +178,8 @@ def _judged(claim: Claim, comparisons: Sequence[evaluate.Comparison]) -> Finding
     weakest = min(comparisons, key=lambda one: (_supports(claim, one), sign * one.p))
     ends = {name: getattr(weakest, name) + claim.above for name in ("difference", "low", "high")}
     difference, interval, over, _ = replace(weakest, **ends).as_row().values()
+    if isinstance(claim.rows[1], int | float):
+        over = over.replace("pairs", "runs")
     several = f"weakest of {len(comparisons)}: " * (len(comparisons) > 1)
     verdict = {1: HOLDS, 0: CLOSE, -1: FAILS}[_supports(claim, weakest)]
     return Finding(verdict, f"{several}{difference} {interval}, {over}")
@@ -193,14 +195,20 @@ def _supports(claim: Claim, comparison: evaluate.Comparison) -> int:
     return -1 if comparison.low > margin or comparison.high < -margin else 0
 
 
-def table(chapter: str, rows: reference.Rows) -> HTML:
+def table(chapter: str, rows: reference.Rows, measures: reference.Measures | None = None) -> HTML:
     """A chapter's claims: the reference run, this run by the same tests, whether they agree.
 
-    rows: this run's, by the names that its record uses.
+    rows, measures: this run's, as for `reference.keep`.
     """
+    ours = dict(rows)
+    for name, more in (measures or {}).items():
+        ours[name] = [
+            reference.Recorded(run.recipe, run.metrics | {m: more[m][at] for m in more}, 0.0, {})
+            for at, run in enumerate(rows[name])
+        ]
     recorded, lines, notes = reference.results(chapter) or {}, [], ""
     for name, figure in read()[chapter].items():
-        there, here = findings(figure, recorded), findings(figure, rows)
+        there, here = findings(figure, recorded), findings(figure, ours)
         for key, claim in figure.claims.items():
             both = {there[key].verdict, here[key].verdict}
             agree = "–" if both & {CLOSE, UNTESTED} else "yes" if len(both) == 1 else "no"
@@ -221,7 +229,7 @@ def page() -> str:
             for key, finding in findings(figure, recorded).items():
                 claim = figure.claims[key]
                 link = f'<a href="{chapter}.html#claim-{key}">{escape(claim.sentence)}</a>'
-                rest = str(int(chapter[:2])), finding.verdict, escape(finding.shown)
+                rest = chapter.split("_")[0].lstrip("0"), finding.verdict, escape(finding.shown)
                 lines.append([link, claim.source, *rest])
     return _html(["claim", "source", "chapter", "verdict", "reference run"], lines)
 
@@ -229,4 +237,8 @@ def page() -> str:
 def _html(head: list[str], lines: list[list[str]]) -> str:
     with pd.option_context("display.max_colwidth", None):
         frame = pd.DataFrame(lines, columns=head)
-        return frame.to_html(index=False, escape=False, border=0, classes="kd-claims")
+        html = frame.to_html(
+            index=False, escape=False, border=0, justify="left", classes="kd-claims"
+        )
+    # JupyterLab sets a table's cells to the right, which suits numbers, not sentences.
+    return html.replace("<td>", '<td style="text-align: left">')

@@ -65,7 +65,9 @@ def _configure(app: Sphinx, config: Config) -> None:
     # Jupyter Book's only_build_toc_files takes the clone's path for a pattern, and finds
     # nothing to leave out where that has a "[".
     contents = (top / "_toc.yml").read_text(encoding="utf-8")
-    config.include_patterns = [f"{file}.*" for file in re.findall(r"(?:file|root): (\S+)", contents)]
+    config.include_patterns = [
+        f"{file}.*" for file in re.findall(r"(?:file|root): (\S+)", contents)
+    ]
     options = config.html_theme_options
     if everywhere := dict.fromkeys(note for page in notes.values() for note in page):
         options["announcement"] = " ".join(everywhere)
@@ -102,10 +104,10 @@ def _notebook(chapter: str, source: str, book: dict[str, Any]) -> Any:
         notes = [NOT_RUN]
         # An output, not a cell: so the figure keeps its number, its caption and its label,
         # and what refers to it finds it.
-        text = {"text/markdown": NO_FIGURE.format(chapter=chapter)}
+        empty = {"text/markdown": NO_FIGURE.format(chapter=chapter)}
         for cell in notebook.cells:
             if "figure" in cell.metadata.get("mystnb", {}):
-                cell.outputs = [nbformat.v4.new_output("display_data", text)]  # type: ignore[no-untyped-call]
+                cell.outputs = [nbformat.v4.new_output("display_data", empty)]  # type: ignore[no-untyped-call]
     for note in notes:
         text = f":::{{warning}}\n{note.format(chapter=chapter)}\n:::"
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(text))  # type: ignore[no-untyped-call]
