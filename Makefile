@@ -6,68 +6,74 @@ CHAPTERS ?=
 WORKERS  ?= 2
 PORT     ?= 8000
 
-VENV  := .venv
-BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
-BENCH := $(VENV)/.installed-bench
+VENV := .venv
+BIN  := $(VENV)/bin
+BOOK := $(VENV)/.installed
+DEV  := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help env data book reference site serve test lint format bench bench-gpu clean distclean
+.PHONY: help env data book lab reference site serve test lint format bench bench-gpu clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-env: $(STAMP) ## make .venv with the tested versions of everything
+env: $(DEV) ## make .venv with everything that changing the book takes
 
-data: env ## fetch MNIST and check it
+data: $(BOOK) ## fetch MNIST and check it
 	$(BIN)/kdlib data mnist --fetch
 
-book: env ## execute the chapters and render _build/html/index.html
+book: $(BOOK) ## execute the chapters and render _build/html/index.html
 	$(BIN)/kdlib run --profile $(PROFILE) $(CHAPTERS)
 	$(BIN)/kdlib build
 
-reference: env ## record the results of PROFILE in book/reference, and in the README
-	$(BIN)/kdlib reference record --profile $(PROFILE) $(CHAPTERS)
-	$(BIN)/python tools/readme.py
+lab: $(BOOK) ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab book
 
-site: env ## render again what has been executed
+reference: $(BOOK) ## record the results of PROFILE in book/reference, and in the text
+	$(BIN)/kdlib reference record --profile $(PROFILE) $(CHAPTERS)
+	$(BIN)/python tools/fill.py
+
+site: $(BOOK) ## render again what has been executed
 	$(BIN)/kdlib build
 
 serve: ## read the book at http://localhost:8000 (PORT=…)
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
-# One thread a worker: more of them than cores slow each other down tenfold.
+# One thread per worker: more of them than cores slow each other down tenfold.
 test: lint ## everything that checks the project
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-lint: env ## style, types and clean notebooks
+lint: $(DEV) ## style, types and clean notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/normalise.py --check
 	$(BIN)/mypy
 
-format: env ## put code and notebooks into their one form
+format: $(DEV) ## put code, notebooks and recorded numbers into their one form
+	$(BIN)/python tools/fill.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python tools/normalise.py
 
-bench: $(BENCH) ## speed against the loops that people use
+bench: $(DEV) ## speed against the loops that people use
 	$(BIN)/python -m benchmarks
 
 bench-gpu: ## a GPU's part, by the PyTorch at hand (OUT=folder for its record)
 	$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks --gpu $(if $(OUT),--results $(OUT))
 
 clean: ## remove what was built; the environment and the store of runs stay
-	rm -rf _build _staging .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 distclean: clean ## remove the environment too
 	rm -rf $(VENV)
 
 # `.installing` stands from before the first byte to after the last: where one is left, an
 # install was cut short, and what it half wrote goes with the whole environment.
-$(STAMP): pyproject.toml constraints.txt
+$(BOOK): EXTRA = book
+$(DEV): EXTRA = dev
+$(BOOK) $(DEV): pyproject.toml constraints.txt
 	@test ! -e $(VENV)/.installing || rm -rf $(VENV)
-	@mkdir -p $(VENV) && touch $(VENV)/.installing
+	@mkdir -p $(VENV) && touch $(VENV)/.installing && rm -f $(BOOK) $(DEV)
 	@test -x $(BIN)/python || { \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
@@ -76,9 +82,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "make: found no Python 3.11 or later that can make environments." >&2; \
 	  echo "Install one (Debian: python3-venv too) or name one: make PYTHON=/path/to/python3" >&2; \
 	  exit 1; }
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
-	@mv $(VENV)/.installing $@
-
-$(BENCH): $(STAMP)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
-	@touch $@
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(EXTRA)]'
+	@mv $(VENV)/.installing $@ && touch $(BOOK)

@@ -1,5 +1,6 @@
 """What several test files share: a store of their own, the real data, the book made once."""
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import filelock
 import nbformat
 import pytest
 
-from kdlib import data
+from kdlib import data, files
 
 ROOT = Path(__file__).resolve().parent.parent
 KDLIB = [sys.executable, "-c", "import sys; from kdlib.book.cli import main; sys.exit(main())"]
@@ -26,22 +27,51 @@ def give_up(reason: str) -> None:
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
+REAL = data.folder()  # before the tests are given an empty one
+
+
+def offline(place: Path) -> dict[str, str]:
+    """An environment without data at hand and without a network."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    return {
+        **nowhere,
+        **{name.upper(): value for name, value in nowhere.items()},
+        "NO_PROXY": "127.0.0.1,localhost",
+        "KDLIB_DATA": str(place / "data"),
+        "KDLIB_HOME": str(place / "home"),
+        "GITHUB_REPOSITORY": "",
+    }
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the developer's store; the data folder stays as it was."""
+def _as_a_new_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees the developer's store, nor any data that it has not asked for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDLIB_DATA", str(data.folder()))
-        patch.setenv("KDLIB_HOME", str(tmp_path_factory.mktemp("home")))
+        for name, value in offline(tmp_path_factory.mktemp("user")).items():
+            patch.setenv(name, value)
         yield
 
 
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with the real MNIST files; a loud skip without, a failure under CI."""
-    states = {status.name: status for status in data.available()}
-    if states["mnist"].state != "verified":
-        give_up(f"needs MNIST in KDLIB_DATA: {states['mnist'].detail}")
-    return data.folder()
+@functools.cache
+def _state_of_mnist() -> files.Status:
+    return next(status for status in data.available(REAL) if status.name == "mnist")
+
+
+@pytest.fixture
+def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the real MNIST files; a skip without, a failure under CI."""
+    if _state_of_mnist().state != "verified":
+        give_up(f"needs MNIST in KDLIB_DATA: {_state_of_mnist().detail}")
+    monkeypatch.setenv("KDLIB_DATA", str(REAL))
+    return REAL
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m real` selects the tests that take the fixture."""
+    for item in items:
+        if "real_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
 
 
 @dataclass(frozen=True)
@@ -58,7 +88,7 @@ class Clone:
             cwd=self.root,
             env={**os.environ, **self.environment},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
         )
 
     def page(self, chapter: str, profile: str = "smoke") -> Any:
@@ -74,7 +104,7 @@ class Clone:
     @property
     def chapters(self) -> list[str]:
         """The chapters in the order of the table of contents."""
-        listed = re.findall(r"book/(\d\d_\w+)", (self.root / "_toc.yml").read_text())
+        listed = re.findall(r"book/(\d\d\w*)", (self.root / "_toc.yml").read_text(encoding="utf-8"))
         return [name for name in listed if (self.root / "book" / f"{name}.ipynb").is_file()]
 
 
@@ -97,24 +127,11 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Clon
     with filelock.FileLock(shared / f"{name}.lock"):
         if not told.exists():
             clone = make(place)
-            told.write_text(json.dumps([str(clone.root), clone.environment]))
-        root, environment = json.loads(told.read_text())
+            told.write_text(json.dumps([str(clone.root), clone.environment]), encoding="utf-8")
+        root, environment = json.loads(told.read_text(encoding="utf-8"))
     if "failed" in environment:
         pytest.fail(environment["failed"])
     return Clone(Path(root), environment)
-
-
-def offline(place: Path) -> dict[str, str]:
-    """An environment without data at hand and without a network."""
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
-    return {
-        **nowhere,
-        **{name.upper(): value for name, value in nowhere.items()},
-        "NO_PROXY": "127.0.0.1,localhost",
-        "KDLIB_DATA": str(place / "data"),
-        "KDLIB_HOME": str(place / "home"),
-        "GITHUB_REPOSITORY": "",
-    }
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +141,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     def make(place: Path) -> Clone:
         clone = copy_of_the_book(place, **offline(place.with_name("smoke-store")))
         result = clone.kdlib("run", "--profile", "smoke")
-        (place / "run.log").write_text(result.stdout + result.stderr)
+        (place / "run.log").write_text(result.stdout + result.stderr, encoding="utf-8")
         if result.returncode:
             clone.environment["failed"] = result.stdout + result.stderr
         return clone

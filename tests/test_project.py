@@ -24,8 +24,8 @@ import kdlib
 from kdlib.book import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]*.ipynb"))
 
 
 def load_tool(name):
@@ -35,7 +35,7 @@ def load_tool(name):
     return module
 
 
-normalise, readme, classic = map(load_tool, ("normalise", "readme", "classic"))
+normalise, fill, classic = map(load_tool, ("normalise", "fill", "classic"))
 
 
 # --- what the files say of each other ----------------------------------------------------
@@ -48,7 +48,7 @@ def requirements():
 
 
 def pins():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(pin.name): pin for pin in found}
 
@@ -56,19 +56,8 @@ def pins():
 def tracked_files():
     """The files that git tracks or would, so that a new one is checked before its commit."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
     return [path for name in listing.stdout.splitlines() if (path := ROOT / name).is_file()]
-
-
-EXPECTED = """
-README.md LICENSE LICENSE-text CONTRIBUTING.md CITATION.cff Makefile environment.yml
-_config.yml _toc.yml book/intro.md book/glossary.md book/rerun.md book/references.bib
-"""
-
-
-@pytest.mark.parametrize("name", EXPECTED.split())
-def test_a_file_that_readers_expect_is_there(name):
-    assert (ROOT / name).stat().st_size > 0
 
 
 def test_runtime_dependencies_have_lower_bounds_only():
@@ -93,7 +82,7 @@ def test_pins_are_names_and_public_versions():
 
 
 def test_conda_takes_everything_but_python_from_pyproject():
-    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     pip = conda.pop()["pip"]
     assert conda == [f"python{PROJECT['requires-python']},<3.14", "pip"]
     assert pip == ["--constraint constraints.txt", "--editable .[book]"]
@@ -101,7 +90,7 @@ def test_conda_takes_everything_but_python_from_pyproject():
 
 
 def test_citation_and_package_name_the_same_version_and_repository():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["version"] == version("kdlib")
     assert citation["repository-code"] == PROJECT["urls"]["Repository"]
 
@@ -110,26 +99,32 @@ def test_no_file_names_a_registry_or_a_place_on_one_machine():
     hosts = r"https?://[\w.-]*(pypi|pythonhosted|npmjs|anaconda)\."
     places = r"(?<![\w.])/(home|Users|root)/\w"
     for path in tracked_files():
-        found = re.search(f"{hosts}|{places}", path.read_text(errors="replace"))
+        found = re.search(f"{hosts}|{places}", path.read_text(encoding="utf-8", errors="replace"))
         assert not found, f"{path}: {found[0]}"
 
 
 def test_the_table_of_contents_lists_every_chapter():
-    listed = [line.split()[-1] for line in (ROOT / "_toc.yml").read_text().splitlines() if line]
-    chapters = [name for name in listed if re.match(r"book/\d\d_", name)]
+    listed = [
+        line.split()[-1]
+        for line in (ROOT / "_toc.yml").read_text(encoding="utf-8").splitlines()
+        if line
+    ]
+    chapters = [name for name in listed if re.match(r"book/\d\d", name)]
     assert chapters == [f"book/{path.stem}" for path in NOTEBOOKS]
 
 
 def test_readme_links_every_chapter():
-    readme = (ROOT / "README.md").read_text()
-    linked = re.findall(r"\]\((book/\d\d_\w+\.ipynb)\)", readme)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((book/\d\d\w+\.ipynb)\)", readme)
     assert sorted(set(linked)) == [f"book/{path.name}" for path in NOTEBOOKS]
 
 
 def test_the_readmes_lines_train_what_they_show(tmp_path, monkeypatch):
     """As they stand, but on the sample: every run learns, none diverges."""
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     found = {}
     exec(lines.replace("epochs=", 'dataset="mnist-5k", epochs='), found)
     made = kdlib.train_all([found["teacher"], found["student"], found["distilled"]])
@@ -137,13 +132,19 @@ def test_the_readmes_lines_train_what_they_show(tmp_path, monkeypatch):
     assert all(run.cached and run.metrics["test_accuracy"] > 0.85 for run in made)
 
 
-def test_readme_shows_what_is_recorded_and_nothing_else(tmp_path, monkeypatch, capsys):
-    assert readme.main(["--check"]) == 0
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "README.md").write_text(text.replace(" ± ", " ± 1", 1), encoding="utf-8")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    assert readme.main(["--check"]) == 1
-    assert "README.md is not what is recorded" in capsys.readouterr().out
+def test_the_text_has_the_numbers_that_are_recorded_and_no_others(tmp_path, monkeypatch, capsys):
+    assert fill.main(["--check"]) == 0, capsys.readouterr().out
+    (tmp_path / "book").mkdir()
+    for name in ("README.md", "book/intro.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "67.5 ± 4.2 (30)<!-- ref" in text
+        text = text.replace("67.5 ± 4.2 (30)<", "66.5 ± 4.2 (30)<")
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    assert fill.main(["--check"]) == 1
+    told = capsys.readouterr().out
+    assert "README.md: numbers are not what is recorded" in told
+    assert "intro.md: numbers are not what is recorded" in told
 
 
 def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -168,26 +169,18 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     assert [run.seconds for run in again] == seconds
 
 
-def test_readme_prefers_the_reference_run(monkeypatch):
-    rows = readme.recorded()[1]
-    found = {"full": rows, "quick": {}}
-    monkeypatch.setattr(reference, "results", lambda chapter, profile: found[profile])
-    assert readme.recorded() == ("full", rows)
-    monkeypatch.setattr(reference, "results", lambda chapter, profile: None)
-    with pytest.raises(FileNotFoundError, match="make book"):
-        readme.recorded()
-
-
 def test_links_between_the_projects_files_lead_somewhere():
     for page in ["README.md", "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{page}: {target}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")))
 def test_workflows_only_call_make_targets_that_exist(path):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for job in yaml.safe_load(path.read_text())["jobs"].values():
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
         for step in job["steps"]:
             for line in step.get("run", "make").splitlines():
                 command, *words = line.split()
@@ -196,7 +189,7 @@ def test_workflows_only_call_make_targets_that_exist(path):
 
 
 def test_gpu_workflow_never_runs_for_a_pull_request():
-    text = (ROOT / ".github/workflows/gpu.yml").read_text()
+    text = (ROOT / ".github/workflows/gpu.yml").read_text(encoding="utf-8")
     triggers = yaml.safe_load(text)[True]  # YAML 1.1 reads the key `on` as true
     assert set(triggers) == {"workflow_dispatch", "push", "schedule"}
     assert set(triggers["push"]) == {"tags"}
@@ -221,55 +214,76 @@ def make(tmp_path):
     root = tmp_path / "project"
     root.mkdir()
     for name in ["Makefile", "pyproject.toml", "constraints.txt"]:
-        (root / name).write_text((ROOT / name).read_text())
+        (root / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
 
     def run(*arguments, suitable=True):
         log, broken = tmp_path / "log", tmp_path / "broken"
-        log.write_text("")
+        log.write_text("", encoding="utf-8")
         for name in ["python3", "python3.11", "python3.12", "python3.13"]:
             fake = tmp_path / name
             code = 0 if suitable else 1
-            fake.write_text(FAKE_PYTHON.format(log=log, broken=broken, suitable=code))
+            fake.write_text(
+                FAKE_PYTHON.format(log=log, broken=broken, suitable=code), encoding="utf-8"
+            )
             fake.chmod(0o755)
         path = f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"
         result = subprocess.run(
-            ["make", *arguments], cwd=root, env={"PATH": path}, capture_output=True, text=True
+            ["make", *arguments],
+            cwd=root,
+            env={"PATH": path},
+            capture_output=True,
+            encoding="utf-8",
         )
-        return result, log.read_text()
+        return result, log.read_text(encoding="utf-8")
 
     run.root, run.broken = root, tmp_path / "broken"
     return run
 
 
-INSTALL = "-m pip install --constraint constraints.txt --editable .[dev]"
+INSTALL = "-m pip install --constraint constraints.txt --editable .[{}]"
 
 
-def test_make_env_installs_once(make):
-    result, log = make("env")
-    assert result.returncode == 0, result.stderr
-    assert INSTALL in log
-    assert (make.root / ".venv/.installed").exists()
-    assert make("env")[1] == ""
+@pytest.mark.parametrize(("target", "extra"), [("site", "book"), ("env", "dev")])
+def test_make_installs_what_a_command_needs_once(make, target, extra):
+    _, log = make(target)
+    assert INSTALL.format(extra) in log
+    assert log.count("pip install") == 1
+    assert "pip install" not in make(target)[1]
+
+
+def test_who_has_everything_installed_has_the_book(make):
+    make("env")
+    assert "pip install" not in make("site")[1]
+
+
+def test_an_install_of_everything_that_was_cut_short_is_no_book_either(make):
+    make("site")
+    make.broken.touch()
+    assert make("env")[0].returncode != 0
+    (make.root / ".venv/half-written").touch()
+    make.broken.unlink()
+    assert INSTALL.format("book") in make("site")[1]
+    assert not (make.root / ".venv/half-written").exists()
 
 
 def test_make_env_installs_again_when_a_dependency_changed(make):
     make("env")
     changed = make.root / "pyproject.toml"
-    stamp = (make.root / ".venv/.installed").stat().st_mtime
+    stamp = (make.root / ".venv/.installed-dev").stat().st_mtime
     os.utime(changed, (stamp + 5, stamp + 5))
     log = make("env")[1]
-    assert INSTALL in log
+    assert INSTALL.format("dev") in log
     assert "-m venv" not in log
 
 
 def test_make_env_leaves_no_stamp_when_the_install_fails_and_starts_afresh(make):
     make.broken.touch()
     assert make("env")[0].returncode != 0
-    assert not (make.root / ".venv/.installed").exists()
+    assert not (make.root / ".venv/.installed-dev").exists()
     (make.root / ".venv/half-written").touch()
     make.broken.unlink()
     assert make("env")[0].returncode == 0
-    assert (make.root / ".venv/.installed").exists()
+    assert (make.root / ".venv/.installed-dev").exists()
     assert not (make.root / ".venv/half-written").exists()
 
 
@@ -278,30 +292,6 @@ def test_make_env_says_which_python_it_needs(make):
     assert result.returncode != 0
     assert "Python 3.11 or later" in result.stderr
     assert "PYTHON=" in result.stderr
-
-
-def test_make_book_hands_profile_and_chapters_on(make):
-    result, _ = make("-n", "book", "PROFILE=smoke", "CHAPTERS=03_temperature 05_first")
-    assert "kdlib run --profile smoke 03_temperature 05_first\n" in result.stdout
-    assert result.stdout.rstrip().endswith("kdlib build")
-
-
-def test_make_data_fetches_mnist(make):
-    assert "kdlib data mnist --fetch\n" in make("-n", "data")[0].stdout
-
-
-def test_gpu_workflow_records_what_the_full_book_measured(make):
-    text = (ROOT / ".github/workflows/gpu.yml").read_text()
-    steps = [step.get("run") for step in yaml.safe_load(text)["jobs"]["book"]["steps"]]
-    assert steps.index("make reference PROFILE=full") > steps.index("make book PROFILE=full")
-    said = make("-n", "reference", "PROFILE=full")[0].stdout
-    assert "kdlib reference record --profile full" in said
-
-
-def test_make_help_names_every_command(make):
-    result, _ = make("help")
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert re.findall(r"^  make ([\w-]+)", result.stdout, re.MULTILINE) == targets[1].split()
 
 
 # --- the notebooks' source form ----------------------------------------------------------
@@ -355,6 +345,23 @@ def test_a_dirty_notebook_becomes_clean(dirty):
     assert figure["metadata"] == {"mystnb": {"image": {"alt": "x"}}}
 
 
+@pytest.mark.parametrize("tag", ["hide-cell", "hide-input", "remove-cell", "remove-input", "setup"])
+def test_what_is_folded_on_the_page_is_folded_in_jupyterlab_and_on_colab(dirty, tag):
+    shown = code("x = 3", id="shown", metadata={"tags": ["other"], "cellView": "form"})
+    folded = code("x = 4", tag, id="folded")
+    dirty["cells"][1:2] = [shown, folded] if tag == "setup" else [dirty["cells"][1], shown, folded]
+    cells = {cell["id"]: cell["metadata"] for cell in normalise.normalise(dirty, "S")["cells"]}
+    assert cells["shown"] == {"tags": ["other"]}
+    assert cells["folded"]["jupyter"] == {"source_hidden": True}
+    assert cells["folded"]["cellView"] == "form"
+
+
+def test_the_setup_cell_is_folded_and_not_removed(dirty):
+    dirty["cells"][1]["metadata"]["tags"] = ["setup", "remove-cell"]
+    setup = normalise.normalise(dirty, "S")["cells"][1]
+    assert setup["metadata"]["tags"] == ["setup", "hide-cell"]
+
+
 def test_good_ids_stay_and_the_others_follow_from_the_cell(dirty):
     first = [cell["id"] for cell in normalise.normalise(copy.deepcopy(dirty), "S")["cells"]]
     again = [cell["id"] for cell in normalise.normalise(copy.deepcopy(dirty), "S")["cells"]]
@@ -380,12 +387,12 @@ def test_normalising_twice_changes_nothing(dirty):
 
 def test_check_names_what_is_wrong_and_writes_nothing(dirty, tmp_path, capsys):
     path = tmp_path / "dirty.ipynb"
-    path.write_text(json.dumps(dirty))
+    path.write_text(json.dumps(dirty), encoding="utf-8")
     assert normalise.main(["--check", str(path)]) == 1
     said = capsys.readouterr().out
     for word in ["dirty.ipynb", "metadata", "empty cells", "outputs of cell 4", "id of cell 1"]:
         assert word in said
-    assert json.loads(path.read_text()) == dirty
+    assert json.loads(path.read_text(encoding="utf-8")) == dirty
 
     assert normalise.main([str(path)]) == 0
     assert normalise.main(["--check", str(path)]) == 0
@@ -405,17 +412,12 @@ def test_check_names_what_is_wrong_and_writes_nothing(dirty, tmp_path, capsys):
 def test_what_cannot_be_normalised_is_left_and_named(dirty, spoil, reason, tmp_path, capsys):
     spoil(dirty["cells"])
     path = tmp_path / "spoilt.ipynb"
-    path.write_text(json.dumps(dirty))
+    path.write_text(json.dumps(dirty), encoding="utf-8")
     assert normalise.main([str(path)]) == 1
     said = capsys.readouterr().out
     assert "spoilt.ipynb: cannot be normalised" in said
     assert reason in said
-    assert json.loads(path.read_text()) == dirty
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_chapter_is_in_its_source_form(path, capsys):
-    assert normalise.main(["--check", str(path)]) == 0, capsys.readouterr().out
+    assert json.loads(path.read_text(encoding="utf-8")) == dirty
 
 
 # --- the set-up cell, in an environment without kdlib ------------------------------------
@@ -438,8 +440,10 @@ def bare_python(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    answer = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True)
-    (Path(answer.stdout.strip()) / "packages.pth").write_text(str(packages))
+    answer = subprocess.run(
+        [python, "-c", where], check=True, capture_output=True, encoding="utf-8"
+    )
+    (Path(answer.stdout.strip()) / "packages.pth").write_text(str(packages), encoding="utf-8")
     return python
 
 
@@ -450,7 +454,8 @@ def clone(tmp_path):
     root.mkdir()
     for path in tracked_files():
         name = path.relative_to(ROOT)
-        if name.parts[0] in ("kdlib", "pyproject.toml", "README.md", "LICENSE"):
+        needed = name.parts[0] in ("kdlib", "pyproject.toml", "README.md", "LICENSE")
+        if needed or name.parts[:2] == ("book", "reference"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(path.read_bytes())
     git("init", "-q", cwd=root)
@@ -467,7 +472,7 @@ def run_setup_cell(python, folder, url, and_then="", **environment):
         cwd=folder,
         env={"PATH": os.environ["PATH"], "HOME": str(folder), **offline, **environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -509,7 +514,9 @@ def test_setup_cell_never_replaces_torch(bare_python, clone, tmp_path):
         wheel.writestr("torch-99.0.dist-info/WHEEL", tag)
         wheel.writestr("torch-99.0.dist-info/RECORD", "")
     project = clone / "pyproject.toml"
-    project.write_text(project.read_text().replace("torch>=2.10", "torch>=99"))
+    project.write_text(
+        project.read_text(encoding="utf-8").replace("torch>=2.10", "torch>=99"), encoding="utf-8"
+    )
     git("commit", "-q", "-a", "-m", "a newer torch", cwd=clone)
     result = run_setup_cell(bare_python, tmp_path, clone.as_uri(), PIP_FIND_LINKS=str(wheels))
     assert result.returncode != 0

@@ -6,6 +6,7 @@ import http.server
 import os
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -21,7 +22,7 @@ from conftest import Clone, copy_of_the_book, give_up, offline
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from kdlib.book import chapters as book
-from kdlib.book import site
+from kdlib.book import site, sphinx_ext
 
 pytestmark = pytest.mark.browser
 SIZES = {"desktop": (1280, 900), "phone": (375, 812)}
@@ -183,7 +184,9 @@ class Anchors(HTMLParser):
 
 
 def test_no_link_is_broken(site: Clone) -> None:
-    parsed = {name: Anchors((site.html / name).read_text()) for name in pages(site.html)}
+    parsed = {
+        name: Anchors((site.html / name).read_text(encoding="utf-8")) for name in pages(site.html)
+    }
     broken = []
     for name, page in parsed.items():
         for link in page.links:
@@ -229,6 +232,20 @@ def test_the_slider_moves_the_bars_without_a_kernel(
         assert watched.wrong == []
 
 
+def test_the_claims_are_filtered_by_keyboard(address: str, browser: Browser) -> None:
+    with open_context(browser) as context:
+        page = Watched(context, address).show(f"{address}book/claims.html")
+        rows = page.locator("table.kd-claims tbody tr")
+        every = rows.count()
+        assert page.get_by_role("status").inner_text() == f"{every} of {every} claims"
+        page.get_by_label("Source").focus()
+        page.keyboard.type("folk")
+        shown = rows.locator("visible=true")
+        assert shown.locator("td:nth-child(2)").all_inner_texts() == ["folklore"] * shown.count()
+        assert 0 < shown.count() < every
+        assert page.get_by_role("status").inner_text() == f"{shown.count()} of {every} claims"
+
+
 def test_the_search_finds_a_word(address: str, browser: Browser) -> None:
     with open_context(browser) as context:
         watched = Watched(context, address)
@@ -240,11 +257,11 @@ def test_the_search_finds_a_word(address: str, browser: Browser) -> None:
 def test_smoke_says_on_every_page_that_it_is_smoke(site: Clone) -> None:
     for name in pages(site.html):
         if name != "index.html":
-            assert "smoke profile" in (site.html / name).read_text(), name
+            assert "smoke profile" in (site.html / name).read_text(encoding="utf-8"), name
 
 
 def test_the_page_on_running_again_lists_every_parameter(site: Clone) -> None:
-    text = (site.html / "book/rerun.html").read_text()
+    text = (site.html / "book/rerun.html").read_text(encoding="utf-8")
     table = re.sub(r"<[^>]+>", " ", text)
     for chapter in site.chapters:
         cells = site.page(chapter).cells
@@ -255,7 +272,7 @@ def test_the_page_on_running_again_lists_every_parameter(site: Clone) -> None:
 
 def test_every_chapter_ends_with_what_it_ran_on(site: Clone) -> None:
     for chapter in site.chapters:
-        text = (site.html / f"book/{chapter}.html").read_text()
+        text = (site.html / f"book/{chapter}.html").read_text(encoding="utf-8")
         cells = re.findall(r"<t[dh][^>]*>\s*<p>(.*?)</p>", text, flags=re.DOTALL)
         for key in ("profile", "dataset", "device", "seeds", "versions", "date"):
             assert key in cells, f"{chapter} lacks {key}"
@@ -271,38 +288,81 @@ def test_the_site_is_not_needlessly_large(site: Clone) -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory, chain: Clone) -> Clone:
-    """A book with one page, made on the sample for want of MNIST; in a repository with a home."""
-    place = tmp_path_factory.mktemp("bare") / "clone"
+    """A book with one page, made on the sample for want of MNIST; in a repository with a home.
+
+    Its path and its locale are such as users have had.
+    """
+    place = tmp_path_factory.mktemp("bare") / "a [clone] of {1} #2 %20 é"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     home = {"GITHUB_REPOSITORY": "someone/the-book"}
-    clone = copy_of_the_book(place, **offline(place) | home)
-    first = chain.chapters[0]
-    page = chain.page(first)
+    clone = copy_of_the_book(place, **offline(place) | home | ascii_only)
+    page = chain.page(chain.chapters[0])
     page.metadata["kdlib"] |= {"profile": "quick", "fallback": True}
-    executed = place / "_build/executed/quick" / f"{first}.ipynb"
-    executed.parent.mkdir(parents=True)
-    nbformat.write(page, executed)
+    put(page, clone, chain.chapters[0])
     result = clone.kdlib("build")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "not run yet" in result.stdout
-    assert str(clone.html / "index.html") in result.stdout
+    assert "not executed yet" in result.stdout
     return clone
+
+
+def put(page: Any, clone: Clone, chapter: str) -> None:
+    """Put an executed page into a clone."""
+    executed = clone.root / "_build/executed/quick" / f"{chapter}.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(page, executed)
 
 
 def test_a_book_that_was_hardly_run_is_built_and_says_so(bare: Clone) -> None:
     first, *others = bare.chapters
-    assert "has not been run yet" not in (bare.html / f"book/{first}.html").read_text()
+    assert "Not executed here" not in words(bare, first)
     for chapter in others:
-        text = (bare.html / f"book/{chapter}.html").read_text()
-        assert "has not been run yet" in text
-        words = html.unescape(re.sub("<[^>]+>", "", text))
-        assert f'make book CHAPTERS="{chapter}"' in words
+        text = words(bare, chapter)
+        assert "has not been executed here" in text
         assert "check_parameters" in text
+
+
+def words(clone: Clone, chapter: str) -> str:
+    """A page's text."""
+    page = (clone.html / f"book/{chapter}.html").read_text(encoding="utf-8")
+    return html.unescape(re.sub("<[^>]+>", "", page))
+
+
+def test_jupyter_book_alone_builds_an_empty_clone_then_what_has_been_executed(
+    chain: Clone, tmp_path: Path
+) -> None:
+    clone = copy_of_the_book(tmp_path / "empty", **offline(tmp_path))
+
+    def build() -> None:
+        result = subprocess.run(
+            [*site.COMMAND, ".", *site.STRICT],
+            cwd=clone.root,
+            env={**os.environ, **clone.environment},
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert result.returncode == 0, result.stderr
+
+    build()
+    captions = {}
+    for chapter in clone.chapters:
+        source = nbformat.read(clone.root / "book" / f"{chapter}.ipynb", as_version=4)
+        figures = [cell.metadata.get("mystnb", {}).get("figure") for cell in source.cells]
+        captions[chapter] = len(list(filter(None, figures)))
+        how = f'Not executed here: make book CHAPTERS="{chapter}" draws this figure.'
+        assert words(clone, chapter).count(how) == captions[chapter]
+    assert sum(captions.values()) > len(captions)
+
+    chapter = chain.chapters[1]
+    put(chain.page(chapter), clone, chapter)
+    build()
+    assert "Not executed here" not in words(clone, chapter)
+    assert "Not executed here" in words(clone, chain.chapters[2])
 
 
 def test_every_page_says_that_the_sample_stands_for_mnist(bare: Clone) -> None:
     for name in pages(bare.html):
         if name != "index.html":
-            assert "MNIST could not be had" in (bare.html / name).read_text(), name
+            assert "MNIST could not be had" in (bare.html / name).read_text(encoding="utf-8"), name
 
 
 def test_launch_buttons_lead_to_the_clean_source_of_a_real_home(bare: Clone, site: Clone) -> None:
@@ -311,8 +371,10 @@ def test_launch_buttons_lead_to_the_clean_source_of_a_real_home(bare: Clone, sit
             "https://colab.research.google.com/github/someone/the-book/blob/main/"
             f"book/{chapter}.ipynb"
         )
-        assert button in (bare.html / f"book/{chapter}.html").read_text()
-        assert "colab.research" not in (site.html / f"book/{chapter}.html").read_text()
+        assert button in (bare.html / f"book/{chapter}.html").read_text(encoding="utf-8")
+        assert "colab.research" not in (site.html / f"book/{chapter}.html").read_text(
+            encoding="utf-8"
+        )
 
 
 # --- what is never published -------------------------------------------------------------
@@ -322,9 +384,7 @@ def test_launch_buttons_lead_to_the_clean_source_of_a_real_home(bare: Clone, sit
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: Clone) -> Clone:
     """A book of one executed chapter, as working directory."""
     clone = copy_of_the_book(tmp_path / "small")
-    executed = clone.root / "_build/executed/quick" / f"{chain.chapters[0]}.ipynb"
-    executed.parent.mkdir(parents=True)
-    nbformat.write(chain.page(chain.chapters[0]), executed)
+    put(chain.page(chain.chapters[0]), clone, chain.chapters[0])
     old = clone.root / "_build/html"
     old.mkdir()
     (old / "index.html").write_text("the old site")
@@ -332,58 +392,39 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: Clone) -> Clon
     return clone
 
 
-@pytest.mark.parametrize("fault", ["output", "tag"])
-def test_a_page_with_an_error_is_never_published(fault: str, small: Clone) -> None:
-    (path,) = book.pages().values()
+def test_a_page_with_an_error_is_never_published(small: Clone) -> None:
+    ((chapter, path),) = book.pages().items()
     page = nbformat.read(path, as_version=4)
     (cell, *_) = (cell for cell in page.cells if cell.cell_type == "code")
-    if fault == "output":
-        error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
-        cell.outputs = [nbformat.from_dict(error)]
-    else:
-        cell.metadata["tags"] = ["papermill-error-cell-tag"]
+    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
+    cell.outputs = [nbformat.from_dict(error)]
     nbformat.write(page, path)
-    with pytest.raises(book.BookError, match="holds an error"):
+    with pytest.raises(book.BookError, match=f"{chapter}: cell .* holds an error"):
         site.build()
-    assert (small.html / "index.html").read_text() == "the old site"
+    assert (small.html / "index.html").read_text(encoding="utf-8") == "the old site"
 
 
 def test_a_warning_keeps_the_old_site_and_is_told(small: Clone) -> None:
-    config = yaml.safe_load((small.root / "_config.yml").read_text())
+    config = yaml.safe_load((small.root / "_config.yml").read_text(encoding="utf-8"))
     config["sphinx"]["config"]["no_such_setting"] = 1
     (small.root / "_config.yml").write_text(yaml.safe_dump(config))
     with pytest.raises(book.BookError, match="no_such_setting") as told:
         site.build()
     assert "\x1b" not in str(told.value)
     assert (small.root / "_build/build.log").is_file()
-    assert (small.html / "index.html").read_text() == "the old site"
-    assert not list((small.root / "_build").glob("staging-*"))
+    assert (small.html / "index.html").read_text(encoding="utf-8") == "the old site"
+    assert not list((small.root / "_build").glob(".run-*"))
 
 
-@pytest.mark.parametrize(
-    ("url", "variables", "expected"),
-    [
-        ("https://example.org/book", {}, ""),
-        ("https://example.com/book", {}, ""),
-        ("https://github.com/someone/book", {}, "https://github.com/someone/book"),
-        ("https://example.org/book", {"GITHUB_REPOSITORY": "a/b"}, "https://github.com/a/b"),
-        (
-            "https://example.org/book",
-            {"GITHUB_REPOSITORY": "a/b", "GITHUB_SERVER_URL": "https://code.test"},
-            "https://code.test/a/b",
-        ),
-    ],
-)
-def test_the_repositorys_home(
-    url: str,
-    variables: dict[str, str],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("GITHUB_REPOSITORY", "GITHUB_SERVER_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    (tmp_path / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{url}"\n')
-    assert site.repository(tmp_path) == expected
+def test_the_repositorys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    project, address = tmp_path / "pyproject.toml", '[project.urls]\nRepository = "{}"\n'
+    for home in ("https://example.org/book", "https://example.com/book"):
+        project.write_text(address.format(home))
+        assert sphinx_ext.repository(tmp_path) == ""
+    project.write_text(address.format("https://github.com/someone/book"))
+    assert sphinx_ext.repository(tmp_path) == "https://github.com/someone/book"
+    monkeypatch.setenv("GITHUB_REPOSITORY", "a/b")
+    assert sphinx_ext.repository(tmp_path) == "https://github.com/a/b"
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://code.test")
+    assert sphinx_ext.repository(tmp_path) == "https://code.test/a/b"

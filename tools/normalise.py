@@ -2,7 +2,8 @@
 
 The form: no outputs, save on cells tagged `nbval-check-output`, which keep theirs with an
 execution count of 1; ids that are valid, unique and stay; only the metadata that the book
-uses; no empty cells or trailing blanks; one cell tagged `setup`, with the source below.
+uses; what is folded on the page is folded in JupyterLab and on Colab; no empty cells or
+trailing blanks; one cell tagged `setup`, folded, with the source below.
 
     python tools/normalise.py [--check] [NOTEBOOK …]        # all of book/ when none is named
 """
@@ -22,6 +23,7 @@ from nbformat.validator import iter_validate
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = "nbval-check-output"
+FOLDED = {"hide-cell", "hide-input", "remove-cell", "remove-input"}
 VALID_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -51,7 +53,7 @@ Json = dict[str, Any]
 
 def setup_source() -> str:
     """The set-up cell, with the repository's address from pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return SETUP.replace("{url}", project["urls"]["Repository"])
 
 
@@ -72,7 +74,7 @@ def normalise_cell(cell: Json, setup: str) -> Json:
     clean = {
         "id": cell.get("id"),
         "cell_type": cell["cell_type"],
-        "metadata": {k: v for k, v in cell["metadata"].items() if k in ("tags", "mystnb") and v},
+        "metadata": normalise_metadata(cell),
         "source": text.splitlines(keepends=True),
     }
     if cell["cell_type"] == "code":
@@ -84,6 +86,17 @@ def normalise_cell(cell: Json, setup: str) -> Json:
     elif "attachments" in cell:
         clean["attachments"] = cell["attachments"]
     return clean
+
+
+def normalise_metadata(cell: Json) -> Json:
+    """The tags, what the page needs, and for each reader of notebooks how it folds a cell."""
+    found = {k: v for k, v in cell["metadata"].items() if k in ("tags", "mystnb") and v}
+    if "setup" in tags(cell):
+        found["tags"] = ["setup", "hide-cell"]
+    if FOLDED & set(found.get("tags", [])):
+        # JupyterLab's key, and Colab's.
+        found |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
+    return found
 
 
 def normalise_output(output: Json) -> Json:
@@ -119,7 +132,7 @@ def normalise(notebook: Json, setup: str) -> Json:
 
 
 def written(notebook: Json) -> list[Json]:
-    """The cells that say anything."""
+    """The cells that are not empty."""
     return [cell for cell in notebook["cells"] if source(cell)]
 
 

@@ -1,19 +1,21 @@
-"""What a chapter needs of its page: figures for the text, checked parameters, a colophon."""
+"""What a chapter needs of its page: checked parameters, values for the text, a colophon.
+
+Importing it needs nothing of what renders the book, so that chapters run on Colab too.
+"""
 
 import ast
-import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from IPython.display import Markdown
 
-from kdlib import data
-from kdlib.provenance import processor
+from kdlib import check, data
+from kdlib.provenance import processor, version
 
 PROFILES = ("smoke", "quick", "full")
 Values = Mapping[str, Any]
@@ -48,18 +50,40 @@ def check_parameters(
     from 0 to 1; in each, a list is checked item by item and must not be empty.
     Further keywords: name = (value, the values that are allowed).
     """
-    _one_of("profile", profile, PROFILES)
-    _one_of("dataset", dataset, tuple(data.names()))
-    _each("seed", seed, "a whole number from 0", lambda x: _whole(x) and x >= 0)
-    for name, value in (positive or {}).items():
-        _each(name, value, "a number above 0", lambda x: _number(x) and x > 0)
-    for name, value in (count or {}).items():
-        _each(name, value, "a whole number from 1", lambda x: _whole(x) and x >= 1)
-    for name, value in (fraction or {}).items():
-        _each(name, value, "a number from 0 to 1", lambda x: _number(x) and 0 <= x <= 1)
-    for name, (value, allowed) in choices.items():
-        _one_of(name, value, allowed)
+    named = {"profile": (profile, PROFILES), "dataset": (dataset, data.names()), **choices}
+    rules = [
+        *((name, given, _choice(allowed)) for name, (given, allowed) in named.items()),
+        ("seed", seed, check.whole()),
+        *((name, given, check.POSITIVE) for name, given in (positive or {}).items()),
+        *((name, given, check.COUNT) for name, given in (count or {}).items()),
+        *((name, given, check.number(0, 1)) for name, given in (fraction or {}).items()),
+    ]
+    for name, given, rule in rules:
+        _check(name, given, rule)
     data.resolve_device(device)
+
+
+def _choice(allowed: Sequence[Any]) -> check.Rule:
+    def read(given: Any) -> Any:
+        # 1 and True are equal, but not the same choice.
+        if given not in allowed or isinstance(given, bool) != isinstance(allowed[0], bool):
+            raise ValueError
+        return given
+
+    return check.Rule(f"one of {', '.join(map(repr, allowed))}", read)
+
+
+def _check(name: str, given: Any, rule: check.Rule) -> None:
+    """Raise ValueError unless a parameter, or each item of a list, is as the rule has it."""
+    if isinstance(given, list | tuple | np.ndarray):
+        expected = f"a list, each {rule.expected}"
+        if not len(given):
+            check.refuse(f"parameter {name}", given, expected)
+        rule = check.each(rule, expected)
+    elif isinstance(given, str) and given.startswith("["):  # papermill's -p gives lists as text
+        hint = f"{rule.expected}; a list is given with papermill's -y '{name}: {given}'"
+        rule = check.Rule(hint, rule.read)
+    check.value(f"parameter {name}", given, rule)
 
 
 def listed(value: Any) -> list[Any]:
@@ -88,35 +112,10 @@ def colophon(profile: str, dataset: str, device: str = "auto", seeds: Any = 0) -
         "dataset": f"{used.name}: {len(used.full):,} training and {len(used.test):,} test images",
         "device": name,
         "seeds": ", ".join(map(str, seeds)) if isinstance(seeds, list | tuple | range) else seeds,
-        "versions": f"kdlib {version('kdlib')}, PyTorch {torch.__version__}, "
+        "versions": f"kdlib {version()}, PyTorch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     text = "\n".join(["| what | this page ran on |", "|---|---|", *lines])
     return Markdown(text)  # type: ignore[no-untyped-call]
-
-
-def _each(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
-    items = value if isinstance(value, list | tuple) else [value]
-    if items and all(holds(item) for item in items):
-        return
-    kind = f"a list, each {expected}" if isinstance(value, list | tuple) else expected
-    hint = ""
-    if isinstance(value, str) and value.startswith("["):  # papermill's -p gives lists as text
-        hint = f"; a list is given with papermill's -y '{name}: {value}'"
-    raise ValueError(f"parameter {name} is {value!r}: expected {kind}{hint}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        names = ", ".join(map(repr, allowed))
-        raise ValueError(f"parameter {name} is {value!r}: expected one of {names}")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or _whole(value)

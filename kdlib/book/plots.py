@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from torch import Tensor
 
-# Okabe and Ito's palette, which survives colour blindness; one colour a thing, everywhere
+# Okabe and Ito's palette, which survives colour blindness; a thing has one colour everywhere.
 COLOURS = {
     "teacher": "#0072B2",
     "hard": "#D55E00",
@@ -21,6 +21,8 @@ COLOURS = {
 
 def use() -> None:
     """Set matplotlib to the book's style: white face, no frame, room for direct labels."""
+    # A reader's own matplotlibrc must not change a page, or stop it (text.usetex).
+    plt.rcdefaults()
     plt.rcParams.update(
         {
             "figure.figsize": (6.4, 3.6),

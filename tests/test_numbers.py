@@ -1,0 +1,91 @@
+"""Numbers in prose: filled from the record, by name."""
+
+import statistics
+
+import pytest
+import scipy.stats
+
+from kdlib.book import numbers, reference
+
+ROWS = {"big": [60, 70, 77, 64, 69, 71], "small one": [75, 78, 90, 74, 81, 70], "lost": [9, 11]}
+HERE = "07a_a_chapter"
+
+
+@pytest.fixture(autouse=True)
+def record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of plain values, as a chapter records them; the last run of "lost" diverged."""
+    rows = {
+        name: [
+            reference.Recorded(None, {"status": "ok", "test_errors": v, "share": v / 1e4}, 0, {})
+            for v in values
+        ]
+        for name, values in ROWS.items()
+    }
+    rows["lost"].append(reference.Recorded(None, {"status": "diverged"}, 0, {}))
+    recorded = {(HERE, "full"): rows, (HERE, "quick"): {"big": rows["lost"]}}
+    monkeypatch.setattr(reference, "results", lambda *asked: recorded.get(asked))
+    numbers._rows.cache_clear()
+
+
+def difference(paired: bool) -> tuple[float, float, float]:
+    """By scipy: the mean of "small one" less that of "big", and its 95 % interval."""
+    one, other = ROWS["small one"], ROWS["big"]
+    found = scipy.stats.ttest_rel(one, other) if paired else None
+    found = found or scipy.stats.ttest_ind(one, other, equal_var=False)
+    low, high = found.confidence_interval()
+    return statistics.mean(one) - statistics.mean(other), low, high
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("big/mean", "68.5"),
+        ("big/sd", f"{statistics.stdev(ROWS['big']):.1f}"),
+        ("big/count", "6"),
+        ("big/min", "60"),
+        ("big/max", "77"),
+        ("big/median", "69.5"),
+        ("big/spread", f"68.5 ± {statistics.stdev(ROWS['big']):.1f} (6)"),
+        ("lost/count", "2"),
+        ("lost/max", "11"),
+        ("big/share/mean:.2%", "0.69%"),
+        (f"{HERE}@quick/big/mean:.0f", "10"),
+        ("small one - big/difference", f"{difference(False)[0]:.1f}"),
+        ("small one - big/low", f"{difference(False)[1]:.1f}"),
+        ("small one - big/paired low", f"{difference(True)[1]:.1f}"),
+        ("small one - big/paired high", f"{difference(True)[2]:.1f}"),
+        ("small one - big/half:.2f", f"{difference(False)[2] - difference(False)[0]:.2f}"),
+        ("big - small one/paired difference", f"−{difference(True)[0]:.1f}"),
+        ("small one - big/paired more", "5"),
+        ("small one - big/paired fewer", "1"),
+    ],
+)  # fmt: skip
+def test_a_name_stands_for_a_recorded_number(name: str, expected: str) -> None:
+    assert numbers.value(name, HERE) == expected
+    if not name.startswith(HERE):
+        assert numbers.value(f"{HERE}/{name}") == expected
+
+
+@pytest.mark.parametrize("old", ["?", "1", "−1,234.5", "+3", "1 ± 2", "66.0 ± 4.2 (30)", "12%"])
+def test_a_number_is_filled_in_and_all_around_it_stays(old: str) -> None:
+    text = "In 2–{}<!-- ref: big/mean --> of 3 ± {}<!-- ref: big/spread -->, 7<!-- no ref -->"
+    filled = numbers.fill(text.format(old, old), HERE)
+    assert filled == text.format("68.5", numbers.value("big/spread", HERE))
+    assert numbers.fill(filled, HERE) == filled
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a few<!-- ref: big/mean -->", "'<!-- ref: big/mean -->' has no number before it"),
+        ("1<!-- ref: bigger/mean -->", "'bigger' is not known.*with a row of: big; small one"),
+        ("1<!-- ref: big/average -->", "'average' is not known.*a statistic of: mean, sd"),
+        ("1<!-- ref: big/errs/mean -->", "'errs' is not known"),
+        ("1<!-- ref: big - small one/more -->", "'more' is not known.*paired more"),
+        ("1<!-- ref: 01_why/big/mean -->", "nothing is recorded of '01_why'"),
+        ("1<!-- ref: mean -->", "expected .chapter/.row"),
+    ],
+)
+def test_what_cannot_be_filled_is_named(text: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s){expected}"):
+        numbers.fill(text, HERE)
