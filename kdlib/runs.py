@@ -1,12 +1,12 @@
 """Run, train and train_all: a recipe's run is made once and kept."""
 
+import contextlib
 import functools
 import pickle
 import time
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def levels(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
 def stored(recipe: Recipe, device: torch.device, threads: int = 1) -> Run | None:
     """The run of a recipe, if the store has it."""
     found = store.read(keys.key(recipe, device))
-    return _run(recipe, *found, True, device, threads) if found else None
+    return _run(recipe, found, True, device, threads) if found else None
 
 
 @dataclass
@@ -158,90 +158,71 @@ class _Level:
     def make(self, stack: int | None, executor: Executor | None) -> None:
         """Make the runs that are not stored: in this process, in several, or in an executor's."""
         groups = _cut(self.missing, self.names, self.device, stack)
-        # What is stored already does not count here: a call that goes on after an interruption
-        # works as the interrupted one did.
-        several = groups and len(memory.cut(self.recipes, self.device, stack)) > 1
-        processes = workers.count(self.device, self.threads) if several else 1
         if executor is not None:
-            self._train_elsewhere(executor, groups)
-        elif processes == 1:
-            self._train_here(workers.InTurn(), groups)
-        else:
-            self._compute_logits()
-            with workers.side_by_side(processes) as pool:
-                self._train_here(pool, groups, processes)
-
-    def _compute_logits(self) -> None:
-        """The teachers' logits, once, before there are several processes that need them."""
+            return self._train(groups, executor, _train_elsewhere)
+        processes = min(workers.count(self.device, self.threads), len(groups))
+        if processes < 2:
+            return self._train(groups, workers.InTurn(), _train_here)
+        # The teachers' logits, once, before there are several processes that need them.
         with fast.threads(self.threads):
             for recipe in self.missing:
                 if recipe.teacher and not recipe.jitter:
                     group.answers(recipe, self.made)
+        with workers.side_by_side(processes) as pool:
+            self._train(groups, pool, _train_here, processes)
+        return None
 
-    def _train_here(self, pool: Executor, groups: list[list[Recipe]], processes: int = 1) -> None:
-        """Train groups on this machine, in processes that store the runs themselves."""
-        waiting = {
-            pool.submit(
-                _train_and_store, members, self._names_of(members), self.device, self.threads
-            ): members
-            for members in groups
-        }
-        with progress.of_groups(len(groups), processes) as show:
+    def _train(
+        self, groups: list[list[Recipe]], pool: Executor, work: Callable[..., Any], count: int = 1
+    ) -> None:
+        """Have a pool train groups; its runs are stored, by its workers or as they arrive here."""
+        waiting: dict[Future[list[Any]], list[Recipe]] = {}
+        failure: Exception | None = None
+        arrived, is_here = 0, work is _train_here
+        try:
+            for members in groups:
+                waiting[pool.submit(work, self._job(members, work))] = members
+        except RuntimeError as error:
+            if is_here and not isinstance(error, BrokenExecutor):
+                raise
+            failure = error  # the pool is broken or shut down, and takes no further work
+        with progress.of_groups(len(groups), count) as show:
             for future in as_completed(waiting):
                 try:
-                    were_stored = future.result()
-                except BrokenProcessPool as error:
-                    raise RuntimeError(
-                        "a process ended in the middle of a training: what was trained before is "
-                        "stored, and the same call goes on from there"
-                    ) from error
-                for recipe in waiting[future]:
-                    self._read(recipe, cached=were_stored)
+                    results = future.result()
+                except Exception as error:
+                    # A worker that dies, or fails elsewhere, loses no other worker's runs.
+                    if is_here and not isinstance(error, BrokenExecutor):
+                        raise
+                    failure = failure or error
+                    continue
+                for recipe, result in zip(waiting[future], results, strict=True):
+                    if isinstance(result, group.Trained):
+                        with store.locked([self.names[recipe]]):
+                            _keep(recipe, self.names[recipe], result)
+                    self._read(recipe, cached=result is True)
                     show(self.made[recipe].metrics["test_errors"])
-
-    def _train_elsewhere(self, executor: Executor, groups: list[list[Recipe]]) -> None:
-        """Train groups in an executor's workers, and store their runs as they arrive."""
-        failure: BaseException | None = None
-        waiting: dict[Future[list[group.Trained]], list[Recipe]] = {}
-        for members in groups:
-            try:
-                waiting[executor.submit(_train_only, self._parcel(members))] = members
-            except RuntimeError as error:  # broken or shut down: no further work
-                failure = error
-                break
-        arrived = 0
-        for future in as_completed(waiting):
-            # One group's failure loses no other group's runs.
-            failure = failure or future.exception()
-            if future.exception() is None:
-                for recipe, result in zip(waiting[future], future.result(), strict=True):
-                    with store.locked([self.names[recipe]]):
-                        _keep(recipe, self.names[recipe], result)
-                    self._read(recipe, cached=False)
                     arrived += 1
         if failure is not None:
             raise RuntimeError(
-                f"the executor failed ({type(failure).__name__}: {failure}) after {arrived} of "
-                f"{len(self.missing)} runs: these are stored; the same call with a new executor "
-                "trains the others"
+                f"a worker failed ({type(failure).__name__}: {failure}) after {arrived} of "
+                f"{len(self.missing)} runs: these are stored; the same call, with a new executor "
+                "if it had one, trains the others"
             ) from failure
 
-    def _parcel(self, members: list[Recipe]) -> "_Parcel":
-        teachers = {
-            teacher: replace(self.made[teacher], _logits={})  # too much to send
-            for recipe in members
-            for teacher in recipe.teacher
-        }
-        names, device = self._names_of(members), str(self.device)
-        return _Parcel(members, names, device, self.threads, teachers, _registered(members))
-
-    def _names_of(self, members: list[Recipe]) -> list[str]:
-        return [self.names[recipe] for recipe in members]
+    def _job(self, members: list[Recipe], work: Callable[..., Any]) -> "_Job":
+        names = [self.names[recipe] for recipe in members]
+        job = _Job(members, names, str(self.device), self.threads)
+        if work is _train_here:
+            return job
+        # The logits that are known here would be too much to send.
+        taught = {t: replace(self.made[t], _logits={}) for r in members for t in r.teacher}
+        return replace(job, teachers=taught, registered=_registered(members))
 
     def _read(self, recipe: Recipe, cached: bool) -> None:
         found = store.read(self.names[recipe])
         if found:
-            self.made[recipe] = _run(recipe, *found, cached, self.device, self.threads)
+            self.made[recipe] = _run(recipe, found, cached, self.device, self.threads)
 
 
 def _cut(
@@ -255,7 +236,9 @@ def _cut(
         if len(members) == len(unfinished) and any(recipe in rest for recipe in members):
             groups.append(members)
             rest = [recipe for recipe in rest if recipe not in members]
-        elif {recipe.key for recipe in rest}.issuperset(_recipes_of(unfinished)):
+            continue
+        state = store.load_checkpoint(unfinished) or {}
+        if {recipe.key for recipe in rest}.issuperset(state.get("recipes", [""])):
             warnings.warn(
                 "an interrupted training of these recipes has left a checkpoint of other "
                 "training code, data or device: it is not used, and the training starts over; "
@@ -265,142 +248,100 @@ def _cut(
     return groups + memory.cut(rest, device, stack)
 
 
-def _recipes_of(names: list[str]) -> list[str]:
-    """The keys of the recipes whose training a checkpoint has kept."""
-    found: list[str] = (store.load_checkpoint(names) or {}).get("recipes", [""])
-    return found
-
-
-def _train_and_store(
-    members: list[Recipe], names: list[str], device: torch.device, threads: int
-) -> bool:
-    """Train a group with checkpoints and store its runs; whether they were stored already."""
-    with store.locked(names):
-        if all(store.read(name) for name in names):
-            return True  # another process has made them while this one waited
-        taught = {t: train(t, device, threads=threads) for r in members for t in r.teacher}
-        saved = time.monotonic()
-
-        def on_state(state: dict[str, Any]) -> None:
-            nonlocal saved
-            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-                store.save_checkpoint(names, state | {"recipes": [r.key for r in members]})
-                saved = time.monotonic()
-
-        with slots.taken(threads), fast.threads(threads):
-            resume = store.load_checkpoint(names)
-            results = group.train(members, device, taught, resume, on_state)
-        for recipe, name, result in zip(members, names, results, strict=True):
-            _keep(recipe, name, result)
-        store.drop_checkpoint(names)
-    return False
-
-
 @dataclass(frozen=True)
-class _Parcel:
-    """All that an executor's worker needs, wherever it runs; nothing is written there."""
+class _Job:
+    """A group to train, as a worker gets it, and what a worker elsewhere cannot know."""
 
     members: list[Recipe]
     names: list[str]
     device: str
     threads: int
-    teachers: dict[Recipe, Run]
-    registered: dict[tuple[str, str], bytes | Exception]
+    teachers: dict[Recipe, Run] = field(default_factory=dict)
+    registered: list[tuple[Callable[..., None], str, bytes]] = field(default_factory=list)
 
 
-def _train_only(parcel: _Parcel) -> list[group.Trained]:
-    """In a worker: train a group, and return what it gives."""
-    if parcel.threads > 1 and workers.is_forked:
+def _train_here(job: _Job) -> list[bool]:
+    """Train a group with checkpoints and store its runs; whether they were stored already."""
+    device = torch.device(job.device)
+    with store.locked(job.names):
+        if all(store.read(name) for name in job.names):
+            return [True] * len(job.names)  # another process made them while this one waited
+        teachers = (teacher for recipe in job.members for teacher in recipe.teacher)
+        taught = {teacher: train(teacher, device, threads=job.threads) for teacher in teachers}
+        saved = time.monotonic()
+
+        def on_state(state: dict[str, Any]) -> None:
+            nonlocal saved
+            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                recipes = [recipe.key for recipe in job.members]
+                store.save_checkpoint(job.names, state | {"recipes": recipes})
+                saved = time.monotonic()
+
+        with slots.taken(job.threads), fast.threads(job.threads):
+            resume = store.load_checkpoint(job.names)
+            results = group.train(job.members, device, taught, resume, on_state)
+        for each in zip(job.members, job.names, results, strict=True):
+            _keep(*each)
+        store.drop_checkpoint(job.names)
+    return [False] * len(job.names)
+
+
+def _train_elsewhere(job: _Job) -> list[group.Trained]:
+    """In an executor's worker: train a group and return what it gives; nothing is written."""
+    if job.threads > 1 and workers.is_forked:
         raise ValueError(
-            f"threads is {parcel.threads}, which a forked worker cannot start: use threads=1, or "
+            f"threads is {job.threads}, which a forked worker cannot start: use threads=1, or "
             "ProcessPoolExecutor(…, mp_context=multiprocessing.get_context('spawn'))"
         )
-    device = data.resolve_device(parcel.device)
     # A forked worker has lost OpenMP's threads, and would wait for them: one thread, first of all.
-    with workers.one_at_a_time, fast.threads(parcel.threads):
-        for recipe, name in zip(parcel.members, parcel.names, strict=True):
-            _check_worker(recipe, name, device, parcel.registered)
-        return group.train(parcel.members, device, parcel.teachers)
+    with workers.one_at_a_time, fast.threads(job.threads):
+        device = data.resolve_device(job.device)
+        _agree(job, device)
+        return group.train(job.members, device, job.teachers)
 
 
-def _registered(members: list[Recipe]) -> dict[tuple[str, str], bytes | Exception]:
-    """The networks and datasets of some recipes that only this process may know, as pickled."""
-    found: dict[tuple[str, str], bytes | Exception] = {}
+def _registered(members: list[Recipe]) -> list[tuple[Callable[..., None], str, bytes]]:
+    """The networks and datasets that only this process may know, if they can be sent."""
+    found = []
     for recipe in (used for member in members for used in keys.family(member)):
         for module, name in ((models, recipe.model), (data, recipe.dataset)):
             made_by = module.registered(name)
-            if made_by is not None:
-                try:
-                    found[module.__name__, name] = pickle.dumps(made_by)
-                except (pickle.PicklingError, AttributeError, TypeError) as error:
-                    found[module.__name__, name] = error
+            # What a notebook or a closure defines cannot be pickled. A forked worker has it.
+            with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
+                if made_by is not None:
+                    found.append((module.register, name, pickle.dumps(made_by)))
     return found
 
 
-def _check_worker(
-    recipe: Recipe,
-    name: str,
-    device: torch.device,
-    registered: dict[tuple[str, str], bytes | Exception],
-) -> None:
-    """RuntimeError unless this worker's code, data and networks give the run of that key."""
-    if _key_here(recipe, device) == name:
-        return
-    reason = "kdlib or the data differ there"
-    for (module, known_as), pickled in registered.items():
-        reason = f"{known_as!r} is not the same there"
+def _agree(job: _Job, device: torch.device) -> None:
+    """RuntimeError unless this worker would train the runs of the caller's keys."""
+    for is_told in (False, True):
+        reason: object = "their keys differ"
         try:
-            if isinstance(pickled, Exception):
-                raise pickled
-            made_by = pickle.loads(pickled)
-        except Exception as error:
-            raise RuntimeError(
-                f"the worker does not have the registered {known_as!r} ({error}): define it in a "
-                "file that both can import, or use an executor whose workers are forked"
-            ) from error
-        (models if module == models.__name__ else data).register(known_as, made_by)
-    if _key_here(recipe, device) != name:
-        raise RuntimeError(f"the worker would train another network, {reason}: start new workers")
-
-
-def _key_here(recipe: Recipe, device: torch.device) -> str | None:
-    try:
-        return keys.key(recipe, device)
-    except ValueError:  # a name that is unknown here
-        return None
+            for register, name, made_by in job.registered if is_told else []:
+                register(name, pickle.loads(made_by))
+            if [keys.key(recipe, device) for recipe in job.members] == job.names:
+                return
+        except (ValueError, AttributeError, ImportError, pickle.PickleError) as error:
+            reason = error
+    raise RuntimeError(
+        f"the worker does not have this process's kdlib, data and networks ({reason}): start new "
+        "workers, and define networks and data in a file that both can import"
+    )
 
 
 def _keep(recipe: Recipe, name: str, result: group.Trained) -> None:
     """Store what a training gave."""
-    record = {
-        "recipe": recipe.as_dict(),
-        "metrics": result.metrics,
-        "curves": result.curves,
-        "seconds": result.seconds,
-        "provenance": result.provenance,
-    }
-    store.write(name, record, result.weights)
+    record = {part: value for part, value in vars(result).items() if part != "weights"}
+    store.write(name, {"recipe": recipe.as_dict()} | record, result.weights)
 
 
-def _run(
-    recipe: Recipe,
-    record: dict[str, Any],
-    weights: dict[str, Tensor],
-    cached: bool,
-    device: torch.device,
-    threads: int,
-) -> Run:
-    fields = {name: record[name] for name in ("metrics", "curves", "seconds", "provenance")}
-    known = _known_logits(record["weights"], device, threads)
-    return Run(
-        recipe,
-        **fields,
-        weights=weights,
-        cached=cached,
-        device=device,
-        threads=threads,
-        _logits=known,
-    )
+def _run(recipe: Recipe, found: Any, cached: bool, device: torch.device, threads: int) -> Run:
+    """A run as the store has it."""
+    record, weights = found
+    own = {name: record[name] for name in ("metrics", "curves", "seconds", "provenance")}
+    own["_logits"] = _known_logits(record["weights"], device, threads)
+    return Run(recipe, weights=weights, cached=cached, device=device, threads=threads, **own)
 
 
 @functools.lru_cache(maxsize=32)

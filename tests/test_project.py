@@ -454,7 +454,8 @@ def clone(tmp_path):
     root.mkdir()
     for path in tracked_files():
         name = path.relative_to(ROOT)
-        if name.parts[0] in ("kdlib", "pyproject.toml", "README.md", "LICENSE"):
+        needed = name.parts[0] in ("kdlib", "pyproject.toml", "README.md", "LICENSE")
+        if needed or name.parts[:2] == ("book", "reference"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(path.read_bytes())
     git("init", "-q", cwd=root)

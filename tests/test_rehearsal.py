@@ -53,6 +53,8 @@ def test_a_loop_of_the_reader_rehearses_a_few_steps(ledger: Path) -> None:
     rehearsal.start(str(ledger))
     curves = kdlib.fit(model, digits, losses.cross_entropy, epochs=9, batch_size=8)
     assert curves["step"][-1] == rehearsal.TIMED
+    curves = kdlib.fit(model, digits, losses.cross_entropy, steps=500, batch_size=8)
+    assert curves["step"][-1] == rehearsal.TIMED
     curves = kdlib.fit(model, digits, losses.cross_entropy, steps=5, batch_size=8)
     assert curves["step"] == [5]  # what is short is done: a chapter may check what it gives
 

@@ -2,11 +2,8 @@
 
 import gc
 import importlib.metadata
-import importlib.util
-import inspect
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +25,14 @@ from kdlib import (
     data,
     evaluate,
     group,
+    keys,
     loop,
     losses,
     memory,
     models,
     provenance,
     runs,
+    slots,
     store,
 )
 
@@ -60,6 +59,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(data, "_registered", {})
     monkeypatch.setattr(models, "_registered", {})
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    # In this process, whose steps are counted: see test_side_by_side for several.
+    monkeypatch.setattr(slots, "cores", lambda: 1)
     register_data()
     return tmp_path / "home"
 
@@ -221,7 +222,7 @@ def test_a_clone_that_is_not_installed_trains_too(monkeypatch: pytest.MonkeyPatc
 def test_provenance_says_where_a_run_comes_from() -> None:
     origin = kdlib.train(small(), "cpu").provenance
     assert origin["torch"] == torch.__version__
-    assert origin["threads"] == torch.get_num_threads()
+    assert origin["threads"] == 1
     assert origin["precision"] == "fp32"
     assert origin.keys() >= {"device", "python", "kdlib", "date"}
 
@@ -282,6 +283,69 @@ def test_two_trainings_into_two_empty_stores_have_equal_bits(
         assert not one.cached
         assert not other.cached
         assert same_bits(one, other)
+
+
+DIGEST = """
+import sys, hashlib
+sys.path[:0] = {paths}
+import torch, kdlib
+threads = torch.get_num_threads()
+from helpers import blobs
+kdlib.data.register("blobs", blobs)
+teacher = kdlib.Recipe("mlp-300", dataset="blobs", steps=20, batch_size=64, jitter=1)
+student = kdlib.Recipe("lenet-half", dataset="blobs", steps=20, batch_size=64, seed=1)
+recipes = [student.distil(teacher, temperature=4.0), student]
+digest = hashlib.sha256()
+for run in kdlib.train_all(recipes, "cpu", stack={stack}):
+    for name, weight in sorted(run.weights.items()):
+        digest.update(weight.numpy().tobytes())
+    digest.update(repr((run.curves, run.metrics)).encode())
+    digest.update(run.logits("test").numpy().tobytes())
+assert torch.get_num_threads() == threads
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_a_run_has_the_same_bits_for_any_number_of_threads(home: Path, stack: int) -> None:
+    paths = [str(Path(__file__).parent), str(Path(kdlib.__file__).parents[1])]
+    script, found = DIGEST.format(paths=paths, stack=stack), dict[str, str]()
+    for threads in ("1", "2", "4"):
+        environment = {"OMP_NUM_THREADS": threads, "KDLIB_HOME": str(home.with_name(threads))}
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | environment,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert result.returncode == 0, result.stderr
+        found[threads] = result.stdout
+    assert len(set(found.values())) == 1
+
+
+def test_a_training_has_as_many_threads_as_it_is_given() -> None:
+    before = torch.get_num_threads()
+    assert kdlib.train(small(seed=1), "cpu", threads=2).provenance["threads"] == 2
+    assert torch.get_num_threads() == before
+    assert kdlib.train(small(seed=1), "cpu").cached  # threads are not in the key
+    for threads in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"threads is {threads}: expected a whole number, 1"):
+            kdlib.train(small(), "cpu", threads=threads)
+
+
+def test_a_notebooks_default_dtype_changes_no_bit(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = kdlib.train_all([student(**MIXED)], "cpu")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        (second,) = elsewhere(monkeypatch, home, [student(**MIXED)])
+    finally:
+        torch.set_default_dtype(before)
+    assert {weight.dtype for weight in second.weights.values()} == {torch.float32}
+    assert same_bits(first, second)
+    assert torch.equal(first.logits("test"), second.logits("test"))
 
 
 def test_seeds_differ() -> None:
@@ -639,17 +703,6 @@ def test_a_stored_run_is_logged_too(tmp_path: Path) -> None:
 # --- what a run is stored under
 
 
-def test_the_key_names_all_that_decides_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = runs.key(student(), CPU)
-    assert runs.key(student(), CPU) == before
-    keys = {before, runs.key(student(seed=1), CPU)}
-    monkeypatch.setattr(data, "resolve_device", lambda device: CPU)
-    keys.add(runs.key(student(), torch.device("cuda")))
-    monkeypatch.setattr(runs, "code_digest", lambda: "other code")
-    keys.add(runs.key(student(), CPU))
-    assert len(keys) == 4
-
-
 def test_other_data_is_another_run(home: Path) -> None:
     first = kdlib.train(small(), "cpu")
     taught = kdlib.train(small("mlp-12", dataset="mnist-5k", steps=2).distil(
@@ -662,136 +715,6 @@ def test_other_data_is_another_run(home: Path) -> None:
     assert not again.cached  # what its teacher has seen counts
 
 
-SOURCE = '''
-"""Own networks."""
-import torch
-from torch import nn
-
-class Base(nn.Module):
-    """Docstring."""
-    def forward(self, images):
-        return self.layer(images.flatten(-3)) * 1.0  # scale
-
-class Own(Base):
-    def __init__(self):
-        """Another."""
-        super().__init__()
-        self.layer = nn.Linear(784, 10)
-
-def make():
-    return Own()
-'''
-
-
-def key_of(source: str, folder: Path) -> str:
-    """The key of a recipe of a network that is registered from a file."""
-    path = folder / f"own{len(list(folder.iterdir()))}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("own", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["own"] = module
-    inspect.linecache.checkcache()  # type: ignore[attr-defined]
-    models.register("own", module.make)
-    return runs.key(small("own"), CPU)
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(sys.modules, "own", None)
-    (tmp_path / "sources").mkdir()
-    return tmp_path / "sources"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "another"),
-    [
-        ("# scale", "# another comment", False),
-        ('"""Another."""', '"""Otherwise."""', False),
-        ("nn.Linear(784, 10)", "nn.Linear(784,10)", False),
-        ("nn.Linear(784, 10)", "nn.Linear(784, 10, bias=False)", True),
-        ("super().__init__()", "super().__init__(); torch.rand(1)", True),
-        ("return Own()", "torch.rand(1); return Own()", True),
-        pytest.param(
-            "* 1.0",
-            "* 2.0",
-            True,
-        ),
-    ],
-)
-def test_the_code_of_an_own_network_is_in_the_key(
-    sources: Path, old: str, new: str, another: bool
-) -> None:
-    assert old in SOURCE
-    changed = key_of(SOURCE.replace(old, new), sources) != key_of(SOURCE, sources)
-    assert changed is another
-
-
-def test_a_network_without_source_is_refused() -> None:
-    space: dict[str, Any] = {}
-    exec("from torch import nn\ndef make():\n return nn.Flatten()", space)
-    models.register("typed", space["make"])
-    with pytest.raises(ValueError, match=r"source of the registered .* cannot be read .* def or"):
-        kdlib.train(small("typed"), "cpu")
-
-
-COPIES = """
-import os, shutil, sys, warnings
-import torch, torchvision
-
-home, copies = sys.argv[1:]
-os.environ["KDLIB_HOME"] = home
-for name in ("as-it-is", "comments", "changed", "as-it-is"):
-    for module in [name for name in sys.modules if name.split(".")[0] == "kdlib"]:
-        del sys.modules[module]
-    sys.path.insert(0, os.path.join(copies, name))
-    import kdlib
-    assert kdlib.__file__.startswith(os.path.join(copies, name)), kdlib.__file__
-    recipe = kdlib.Recipe("mlp-8", dataset="mnist-5k", steps=3)
-    run = kdlib.train(recipe.distil(recipe, temperature=4).replace(learning_rate=0.01), "cpu")
-    print(name, run.cached, float(sum(w.double().abs().sum() for w in run.weights.values())))
-"""
-
-
-def test_changed_code_never_gives_an_old_run(home: Path, tmp_path: Path) -> None:
-    """kdlib itself, in three copies: as it is, with other comments, with another loss."""
-    package = Path(inspect.getfile(kdlib)).parent
-    for name in ("as-it-is", "comments", "changed"):
-        left_out = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(package, tmp_path / name / "kdlib", ignore=left_out)
-    path = tmp_path / "comments" / "kdlib" / "losses.py"
-    words = path.read_text()
-    assert "Hinton et al. 2015" in words
-    path.write_text("# new\n" + words.replace("Hinton et al. 2015", "Hinton and others, 2015"))
-    path = tmp_path / "changed" / "kdlib" / "losses.py"
-    assert "temperature**2" in words
-    path.write_text(words.replace("temperature**2", "temperature**1"))
-    command = [sys.executable, "-c", COPIES, str(home), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert [line[:2] for line in lines] == [
-        ["as-it-is", "False"], ["comments", "True"], ["changed", "False"], ["as-it-is", "True"],
-    ]  # fmt: skip
-    assert lines[0][2] == lines[1][2] == lines[3][2] != lines[2][2]
-
-
-def test_all_code_that_decides_a_run_is_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = runs._code
-    whole = runs.code_digest()
-    for changed in (data, losses, models, loop, group):
-
-        def edited(item: Any, changed: Any = changed) -> str:
-            return code(item) + "+ 1" * (item is changed)
-
-        monkeypatch.setattr(runs, "_code", edited)
-        assert runs.code_digest.__wrapped__() != whole
-    monkeypatch.setattr(runs, "_code", code)
-    assert runs.code_digest.__wrapped__() == whole
-
-
 @pytest.mark.parametrize("name", ["run.json", "weights.safetensors"])
 def test_a_damaged_run_is_made_anew(trained: list[float], name: str) -> None:
     first = kdlib.train(small(), "cpu")
@@ -799,12 +722,42 @@ def test_a_damaged_run_is_made_anew(trained: list[float], name: str) -> None:
     content = bytearray(path.read_bytes())
     content[-40] ^= 1
     path.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged: made anew"):
+    with pytest.warns(UserWarning, match="damaged: it is trained again"):
         second = kdlib.train(small(), "cpu")
     assert not second.cached
     assert len(trained) == 120
     assert same_bits(first, second)
     assert kdlib.train(small(), "cpu").cached
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, and buffers that are views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(784, 784), nn.Linear(784, 784)
+        self.second.weight = self.first.weight
+        shifts = torch.arange(20.0).view(2, 10)
+        self.register_buffer("shifts", shifts)
+        self.register_buffer("shift", shifts[1])
+        self.head = nn.Linear(784, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.second(torch.relu(self.first(images.flatten(-3))))
+        return self.head(hidden) + 0.01 * self.shift
+
+
+def test_tied_weights_and_views_are_stored_and_come_back_tied(trained: list[float]) -> None:
+    models.register("tied", Tied)
+    first = kdlib.train(small("tied", epochs=1), "cpu")
+    again = kdlib.train(small("tied", epochs=1), "cpu")
+    assert (first.cached, again.cached, len(trained)) == (False, True, 12)
+    assert same_bits(first, again)
+    network: Any = again.model()
+    assert network.first.weight is network.second.weight
+    assert len(again.weights) == 8
+    test = data.load("blobs", "cpu").test
+    assert int((answers(again, test) != test.labels).sum()) == first.metrics["test_errors"]
 
 
 # --- interrupted
@@ -916,7 +869,7 @@ def test_a_checkpoint_from_other_code_is_left_alone(
     process_ends = exit_codes(process(work_and_die, "alone", "save_checkpoint", 3))
     assert process_ends == [-signal.SIGKILL]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "code_digest", lambda: "other code")
+        patch.setattr(keys, "code_digest", lambda: "other code")
         with pytest.warns(UserWarning, match=r"other training code.*not used.*runs --prune"):
             kdlib.train(INTERRUPTED["alone"][0][0], "cpu")
     assert len(trained) == 60

@@ -232,6 +232,20 @@ def test_the_slider_moves_the_bars_without_a_kernel(
         assert watched.wrong == []
 
 
+def test_the_claims_are_filtered_by_keyboard(address: str, browser: Browser) -> None:
+    with open_context(browser) as context:
+        page = Watched(context, address).show(f"{address}book/claims.html")
+        rows = page.locator("table.kd-claims tbody tr")
+        every = rows.count()
+        assert page.get_by_role("status").inner_text() == f"{every} of {every} claims"
+        page.get_by_label("Source").focus()
+        page.keyboard.type("folk")
+        shown = rows.locator("visible=true")
+        assert shown.locator("td:nth-child(2)").all_inner_texts() == ["folklore"] * shown.count()
+        assert 0 < shown.count() < every
+        assert page.get_by_role("status").inner_text() == f"{shown.count()} of {every} claims"
+
+
 def test_the_search_finds_a_word(address: str, browser: Browser) -> None:
     with open_context(browser) as context:
         watched = Watched(context, address)

@@ -19,7 +19,7 @@ import torch
 from helpers import exit_codes, process
 from torch import Tensor
 
-from kdlib import data, store
+from kdlib import files, store
 from kdlib.store import StoreError
 
 RECORD = {
@@ -67,6 +67,16 @@ def test_a_run_comes_back_as_it_was_written(home: Path) -> None:
     ]
 
 
+def test_tensors_that_share_memory_are_stored_each_under_its_name() -> None:
+    base = torch.arange(6.0).view(2, 3)
+    shared = {"a": base, "tied": base, "view": base[0], "transposed": base.T, "b": base[:, 1]}
+    store.write("key", RECORD, shared)
+    found = store.read("key")
+    assert found is not None
+    assert found[1].keys() == shared.keys()
+    assert all(torch.equal(found[1][name], weight) for name, weight in shared.items())
+
+
 def test_what_is_stored_is_listed_oldest_first() -> None:
     store.write("new", RECORD | {"provenance": {"date": "2025-02-01"}}, WEIGHTS)
     store.write("old", RECORD, WEIGHTS)
@@ -108,7 +118,7 @@ def test_a_truncated_run_is_none(name: str, left: int) -> None:
     store.write("key", RECORD, WEIGHTS)
     path = store.folder() / "key" / name
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.warns(UserWarning, match="the stored run .*key is damaged: made anew"):
+    with pytest.warns(UserWarning, match="the stored run .*key is damaged: it is trained again"):
         assert store.read("key") is None
     store.write("key", RECORD, WEIGHTS)
     assert is_whole(store.read("key"))
@@ -176,7 +186,7 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(1, 12))
 @pytest.mark.filterwarnings("ignore:the stored run")
 def test_killed_anywhere_in_a_write(
     number: int, there: bool, monkeypatch: pytest.MonkeyPatch
@@ -246,7 +256,7 @@ def test_a_full_disk_loses_nothing() -> None:
     assert not list(store.folder().rglob("*.new"))
 
 
-@pytest.mark.parametrize("number", range(1, 7))
+@pytest.mark.parametrize("number", range(1, 10))
 def test_an_error_anywhere_in_a_write_is_a_store_error(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,10 +266,11 @@ def test_an_error_anywhere_in_a_write_is_a_store_error(
     monkeypatch.setattr("test_store.DEEDS", deeds)
     with killed_at(number, monkeypatch, full):
         expected = pytest.raises(StoreError, match="No space left on device")
-        with expected if number <= 4 else contextlib.nullcontext():
-            store.write("key", RECORD, WEIGHTS)  # a folder, two files, their place: 4 deeds
-    assert is_whole(store.read("key")) is (number > 4)
-    assert len(visible()) == 1 + (number > 4)
+        with expected if number <= 7 else contextlib.nullcontext():
+            # For each of two files a folder, its bytes and its place, then the run's place.
+            store.write("key", RECORD, WEIGHTS)
+    assert is_whole(store.read("key")) is (number > 7)
+    assert len(visible()) == 1 + (number > 7)
     assert not list(store.folder().rglob("*.new"))
     assert is_whole(store.read("other"))
 
@@ -460,4 +471,4 @@ def test_a_lock_is_held_by_one_process(tmp_path: Path) -> None:
         assert not file.exists()
     assert exit_codes(*waiting) == [0, 0, 0]
     assert len(file.read_text().split()) == 6
-    assert data.home() == store.folder().parent
+    assert files.home() == store.folder().parent

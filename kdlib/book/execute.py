@@ -29,7 +29,6 @@ MEMORY = 2 * 2**30
 # papermill in a process of its own: it changes the working directory, which is a process's.
 # The process watches its standard input, whose other end only the press holds: so it ends
 # with the press, however that ends.
-_BAR = {True: [], False: ["--no-progress-bar"]}
 _PAPERMILL = """
 import os, signal, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,14 +43,18 @@ papermill()
 
 @dataclass
 class Workplace:
-    """A folder for one call of the press, and the pipe that its processes watch."""
+    """A folder for one call of the press, and the pipe that its processes watch.
+
+    many: how many chapters run at a time.
+    """
 
     folder: Path
     watched: int
+    many: int
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def papermill(self, job: Job, source: Path, *, alone: bool) -> subprocess.Popen[bytes]:
-        """Start papermill on a notebook, into `output(job)`. alone: it may draw a bar."""
+    def papermill(self, job: Job, source: Path) -> subprocess.Popen[bytes]:
+        """Start papermill on a notebook, into `output(job)`; alone, it may draw a bar."""
         import yaml
 
         own = self.output(job).parent
@@ -62,20 +65,22 @@ class Workplace:
         paths = [str(p).replace("{", "{{").replace("}", "}}") for p in (source, self.output(job))]
         options = ["-k", "python3", "-l", "python", "-f", str(own / "parameters.yml")]
         options += ["--cwd", str(job.source.parent), "--log-level", "CRITICAL"]
-        bar = alone and os.isatty(2)
+        bar = self.many == 1 and os.isatty(2)
+        options += ["--progress-bar" if bar else "--no-progress-bar"]
         # Figures depend on the book's settings alone, not on a user's.
         settings = {
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             "MATPLOTLIBRC": str(own / "matplotlibrc"),
             "IPYTHONDIR": str(own / "ipython"),
             "KDLIB_SLOTS": str(self.folder),
-            # What a chapter computes outside of kdlib's trainings has one thread, as these have:
-            # a second one gains little, and costs much where another chapter needs the core.
-            "OMP_NUM_THREADS": "1",
+            # What a chapter computes outside of kdlib's trainings has the cores that are its own:
+            # the threads of one operation wait for each other, so a core with two owners costs
+            # it a factor of four.
+            "OMP_NUM_THREADS": str(max(1, slots.cores() // self.many)),
         }
         with (own / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PAPERMILL, *paths, *options, *_BAR[bar]],
+                [sys.executable, "-c", _PAPERMILL, *paths, *options],
                 stdin=self.watched,
                 stdout=log,
                 stderr=None if bar else log,
@@ -92,8 +97,8 @@ class Workplace:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Workplace]:
-    """A folder in _build; those that killed calls have left are removed.
+def workplace(many: int = 1) -> Iterator[Workplace]:
+    """A folder in _build, for so many chapters at a time; those of killed calls are removed.
 
     On leaving it, the processes that were started in it end.
     """
@@ -107,7 +112,7 @@ def workplace() -> Iterator[Workplace]:
             shutil.rmtree(left, ignore_errors=True)
     watched, holding = os.pipe()
     with tempfile.TemporaryDirectory(dir=build, prefix=f".run-{os.getpid()}-") as folder:
-        place = Workplace(Path(folder), watched)
+        place = Workplace(Path(folder), watched, many)
         try:
             yield place
         finally:
@@ -137,7 +142,7 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
     """
     waiting, failed = list(jobs), list[str]()
     running: dict[subprocess.Popen[bytes], Job] = {}
-    with workplace() as place:
+    with workplace(many) as place:
         while running or (waiting and not failed):
             if waiting and not failed and len(running) < many:
                 job = waiting.pop(0)
@@ -146,7 +151,7 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
                     os.utime(job.page)
                     tell(f"{job.chapter}: up to date")
                 else:
-                    running[place.papermill(job, job.source, alone=many == 1)] = job
+                    running[place.papermill(job, job.source)] = job
                 continue
             # Nothing waits for the first of several processes on every system: look now and then.
             time.sleep(0.05)
@@ -236,7 +241,7 @@ def rehearse(job: Job) -> str:
         first = nbformat.v4.new_code_cell(rehearsal.first_cell(ledger))  # type: ignore[no-untyped-call]
         notebook.cells.insert(0, first)
         write_notebook(notebook, source)
-        fault = _fault(job, place.output(job), place.papermill(job, source, alone=True))
+        fault = _fault(job, place.output(job), place.papermill(job, source))
         noted = rehearsal.read(ledger)
     if fault and not noted:
         raise BookError(f"{job.chapter} failed {fault}")

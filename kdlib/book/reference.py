@@ -22,7 +22,6 @@ from kdlib.runs import Run
 Measures = Mapping[str, Mapping[str, Sequence[float]]]  # row -> metric -> one value per run
 # Parameters that decide no result.
 APART = {"device", "profile"}
-_OF_A_RUN = ("metrics", "seconds", "provenance")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,10 @@ class Recorded:
 
 
 def value(name: str, seed: int, measured: float, provenance: dict[str, Any]) -> Recorded:
-    """A result that is no run's, for a row of `keep`: under metrics[name]."""
+    """A result that is no run's, for a row of `keep`: under metrics[name].
+
+    provenance: as `kdlib.provenance.provenance` gives it.
+    """
     return Recorded(None, {"status": "ok", name: measured}, 0.0, provenance, seed=seed)
 
 
@@ -114,13 +116,14 @@ def keep(
 def _line(result: Run | Recorded) -> dict[str, Any]:
     if isinstance(result, Recorded):
         return dict(vars(result))
-    line: dict[str, Any] = {name: getattr(result, name) for name in _OF_A_RUN}
+    line: dict[str, Any] = {"recipe": result.recipe.as_dict(), "metrics": result.metrics}
+    line |= {"seconds": result.seconds, "provenance": result.provenance}
     # A run that diverged may get all of them wrong, and such a list tells nothing.
     if result.metrics["status"] == "ok":
         labels = data.load(result.recipe.dataset, result.device).test.labels
         answers = result.logits("test").argmax(1)
         line["wrong"] = (answers != labels).nonzero().flatten().tolist()
-    return line | {"recipe": result.recipe.as_dict()}
+    return line
 
 
 def _of_this_notebook() -> dict[str, Any]:
@@ -224,19 +227,20 @@ def describe(chapter: str, profile: str = "full") -> str:
     last = max(lines, key=lambda line: str(line["provenance"]["date"]))["provenance"]
     seconds = sum(line["seconds"] for line in runs)
     time = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    datasets = sorted({line["recipe"]["dataset"] for line in runs})
     name = "reference" if profile == "full" else profile
     return (
         f"The {name} run, of which {len(runs)} trainings of {time} in all are recorded: "
-        f"on {runs[0]['recipe']['dataset']}, {last['device']}, PyTorch {last['torch']}, "
+        f"on {', '.join([*datasets, last['device']])}, PyTorch {last['torch']}, "
         f"{last['date'][:10]}, commit {content['commit'][:10]}."
     )
 
 
 def _write(place: Path, content: dict[str, Any]) -> Path:
     """With a digest of all that is in it, which `_read` checks."""
-    content = {key: value for key, value in content.items() if key != "digest"}
-    content["digest"] = files.digest(content)
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        content | {"digest": files.digest(content)}, indent=1, sort_keys=True, ensure_ascii=False
+    )
     # A list of numbers takes one line, not one per number.
     text = re.sub(r"\[[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
     files.put(place, f"{text}\n".encode())
@@ -245,7 +249,7 @@ def _write(place: Path, content: dict[str, Any]) -> Path:
 
 def _read(place: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    if content.get("digest") != files.digest({k: v for k, v in content.items() if k != "digest"}):
+    if content.pop("digest", None) != files.digest(content):
         raise ValueError(
             f"{place} was changed by hand: write it again with `kdlib reference record`"
         )

@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ExtensionError
 
-from kdlib.book import chapters
+from kdlib.book import chapters, claims
 from kdlib.book.execute import clean
 
 NOT_RUN = (
@@ -33,7 +33,7 @@ SMOKE = (
     "This was made at the smoke profile: few digits and very short trainings, to see that the "
     "code runs. Its figures mean little."
 )
-_PARAMETERS = re.compile(r"<!-- parameters -->.*?<!-- /parameters -->", re.DOTALL)
+_MADE = re.compile(r"<!-- (parameters|claims) -->.*?<!-- /\1 -->", re.DOTALL)
 _GLUED = re.compile(r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`")
 _RECORD = "application/papermill.record/"
 
@@ -60,7 +60,7 @@ def _configure(app: Sphinx, config: Config) -> None:
             "pages": {name: [str(page), page.stat().st_mtime_ns] for name, page in ran.items()},
             "notes": notes,
             "glued": {f"{name}.ipynb": sorted(_keys(page)) for name, page in ran.items()},
-            "parameters": _parameters(),
+            "made": {"parameters": _parameters(), "claims": claims.page()},
         }
     # Jupyter Book's only_build_toc_files takes the clone's path for a pattern, and finds
     # nothing to leave out where that has a "[".
@@ -81,7 +81,7 @@ def _read(app: Sphinx, document: str, source: list[str]) -> None:
     """Put in place of a document's text the one that the page is made from."""
     book, chapter = app.config.kdlib_book, document.removeprefix("book/")
     if chapter not in book["chapters"]:
-        text = _PARAMETERS.sub(lambda _: book["parameters"], source[0])
+        text = _MADE.sub(lambda match: book["made"][match[1]], source[0])
         source[0] = _without_gaps(text, "", book["glued"])
         return
     try:
