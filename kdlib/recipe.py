@@ -97,20 +97,14 @@ class Recipe:
             # Raises an error that lists the names that exist.
             models.build(self.model)
         if any(self.dropout) and models.widths(self.model) is None:
-            raise ValueError(
-                f"dropout is {self.dropout} but model {self.model!r} has none: use an mlp model"
-            )
+            check.refuse("dropout", self.dropout, f"(0, 0), as model {self.model!r} has none")
         # Without a teacher the weight would have no effect, so another value is a slip.
         if not self.teacher and self.hard_weight != 1:
-            raise ValueError(
-                f"hard_weight is {self.hard_weight} but there is no teacher: "
-                "use recipe.distil(teacher, temperature=…, hard_weight=…)"
-            )
+            remedy = "1 without a teacher, or recipe.distil(teacher, temperature=…, hard_weight=…)"
+            check.refuse("hard_weight", self.hard_weight, remedy)
+        # Soft targets take the place of smoothed labels.
         if self.teacher and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing} but there is a teacher: its soft "
-                "targets take the place of smoothed labels; use 0"
-            )
+            check.refuse("label_smoothing", self.label_smoothing, "0 with a teacher")
 
     def replace(self, **changes: Any) -> Self:
         """The same recipe with some fields changed. Raises TypeError for an unknown field."""
