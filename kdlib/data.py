@@ -143,18 +143,12 @@ def _load(name: str, device: torch.device, root: Path) -> Dataset:
         digests = "".join(files.SOURCES[name][1].values())
         digest = hashlib.sha256(digests.encode()).hexdigest()
     images, labels, *test = (array.to(device) for array in arrays)
-    # Drawn on the CPU, so that every device holds out the same samples.
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out, rest = order[: len(labels) // 6], order[len(labels) // 6 :]
-    # Sorted, so that the samples of each part keep the order of the files.
     full = Split(images, labels)
-    return Dataset(
-        name=name,
-        train=full[rest.sort().values.to(device)],
-        validation=full[held_out.sort().values.to(device)],
-        test=Split(*test),
-        digest=digest,
-    )
+    # Drawn on the CPU, so that every device holds out the same samples.
+    order = torch.randperm(len(full), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    # The first sixth of that order, as a mask: the samples of each part keep the files' order.
+    held_out = (order.argsort() < len(full) // 6).to(device)
+    return Dataset(name, full[~held_out], full[held_out], Split(*test), digest)
 
 
 def _read(paths: list[Path]) -> Arrays:
