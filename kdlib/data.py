@@ -221,15 +221,14 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
     if images.dim() == 4:
         per_channel = shifts.repeat_interleave(images.shape[1], dim=0)
         return translate(images.flatten(0, 1), per_channel).view(images.shape)
-    _, height, width = images.shape
-    rows = torch.arange(height, device=images.device) - shifts[:, :1]
-    columns = torch.arange(width, device=images.device) - shifts[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, :, None]
-    inside = inside & ((columns >= 0) & (columns < width))[:, None, :]
-    # What is read from beyond the edge is multiplied by 0 below; the clamp only keeps it legal.
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[sample, rows[:, :, None], columns[:, None, :]] * inside
+    count, height, width = images.shape
+    # With an edge of zeros around it, whatever is read from beyond an image is read from there.
+    framed = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    rows = torch.arange(1, height + 1, device=images.device) - shifts[:, :1]
+    columns = torch.arange(1, width + 1, device=images.device) - shifts[:, 1:]
+    rows, columns = rows.clamp(0, height + 1), columns.clamp(0, width + 1)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    return framed[sample, rows[:, :, None], columns[:, None, :]]
 
 
 def to_input(images: Tensor, *, has_channels: bool = False) -> Tensor:
