@@ -231,12 +231,7 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
     return framed[sample, rows[:, :, None], columns[:, None, :]]
 
 
-def to_input(images: Tensor, *, has_channels: bool = False) -> Tensor:
-    """What the networks take: ink as a fraction, uint8 (..., H, W) -> float32 (..., 1, H, W).
-
-    has_channels: the images are (..., channels, H, W) and keep their shape.
-    """
-    if has_channels:
-        return images.float().div_(255)
+def to_input(images: Tensor) -> Tensor:
+    """What the networks take: ink as a fraction, uint8 (..., H, W) -> float32 (..., 1, H, W)."""
     # The new channel lies last in memory: convolutions of so few channels take half the time.
     return images.unsqueeze(-1).float().div_(255).movedim(-1, -3)
