@@ -24,6 +24,10 @@ class Rule:
     expected: str
     read: Callable[[Any], Any]
 
+    # In words alone, since help() shows the rules of a recipe's fields.
+    def __repr__(self) -> str:
+        return self.expected
+
 
 def value(name: str, given: Any, rule: Rule) -> Any:
     """The given value as plain Python. Raises ValueError unless the rule accepts it."""
