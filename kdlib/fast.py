@@ -15,25 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdlib.precision import changed
+
 # What `fit` calls per step: sample indices, shifts, learning rate and momentum in; per run the
 # loss and the number of right answers out.
 Step = Callable[[Tensor, Tensor | None, Tensor, Tensor], list[Tensor]]
 Update = Callable[[Sequence[Tensor], Tensor], None]
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> contextlib.AbstractContextManager[None]:
     """Compute with so many threads, and with as many as before afterwards.
 
     Small networks gain little from a second thread, and lose a factor of four where another
     process needs the core: the threads of one operation wait for each other.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return changed(torch.get_num_threads, torch.set_num_threads, count)
 
 
 def fused_update(weights: list[Tensor], velocity: list[Tensor], momentum: float) -> Update:
