@@ -78,12 +78,8 @@ def whole(low: int = 0, high: int = 2**62) -> Rule:
 def one_of(*allowed: str) -> Rule:
     """One of some names."""
 
-    def read(given: Any) -> str:
-        if not isinstance(given, str) or given not in allowed:
-            raise ValueError
-        return given
-
-    return Rule(f"one of {', '.join(allowed)}", read)
+    # `index` raises the ValueError of a name that is not among them.
+    return Rule(f"one of {', '.join(allowed)}", lambda given: allowed[allowed.index(given)])
 
 
 def boolean() -> Rule:
@@ -146,13 +142,12 @@ def is_in_a_step() -> bool:
     return _in_a_step.get()
 
 
-def tensor(name: str, given: Tensor, holds: Callable[[Tensor], Tensor], expected: str) -> Tensor:
-    """The tensor. Raises ValueError unless `holds` is true of each of its values.
+def per_run(name: str, given: float | Tensor, rule: Rule) -> None:
+    """Raise ValueError unless a rule accepts a number, or each value of a tensor.
 
     A CUDA tensor inside one of `fit`'s steps is not read: see `in_a_step`.
     """
-    if given.is_cuda and is_in_a_step():
-        return given
-    if not bool(holds(given).all()):
-        refuse(name, given.tolist(), expected)
-    return given
+    if not isinstance(given, Tensor):
+        value(name, given, rule)
+    elif not (given.is_cuda and is_in_a_step()):
+        value(name, given.flatten().tolist(), each(rule, f"{rule.expected}, for each run"))

@@ -30,7 +30,8 @@ def soften(logits: Tensor, temperature: Number) -> Tensor:
 
 def log_soften(logits: Tensor, temperature: Number) -> Tensor:
     """The logarithm of `soften`, exact where probabilities underflow."""
-    return _log_soften(logits, _checked_temperature(temperature))
+    check.per_run("temperature", temperature, check.POSITIVE)
+    return _log_soften(logits, temperature)
 
 
 def _log_soften(logits: Tensor, temperature: Number) -> Tensor:
@@ -69,7 +70,7 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     Hinton et al. 2015, section 2; introduced in chapter 4.
     """
     _same_shape(student_logits, teacher_logits)
-    temperature = _checked_temperature(temperature)
+    check.per_run("temperature", temperature, check.POSITIVE)
     kind = student_logits.dtype
     if _needs_float64(temperature):
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
@@ -97,10 +98,7 @@ def distillation_loss(
     shapes that differ. Tensors on a GPU are not checked inside `fit`.
     Hinton et al. 2015, section 2; introduced in chapter 4.
     """
-    if isinstance(hard_weight, Tensor):
-        check.tensor("hard_weight", hard_weight, lambda w: (w >= 0) & (w <= 1), "numbers in [0, 1]")
-    else:
-        check.value("hard_weight", hard_weight, check.number(0, 1))
+    check.per_run("hard_weight", hard_weight, check.number(0, 1))
     soft = soft_loss(student_logits, teacher_logits, temperature)
     if targets is None:
         if isinstance(hard_weight, Tensor) or hard_weight != 0:
@@ -147,14 +145,6 @@ def _same_shape(student_logits: Tensor, teacher_logits: Tensor) -> None:
             f"student logits {tuple(student_logits.shape)} and teacher logits "
             f"{tuple(teacher_logits.shape)} differ in shape: score the same batch with both"
         )
-
-
-def _checked_temperature(temperature: Number) -> Number:
-    if isinstance(temperature, Tensor):
-        expected = "finite numbers above 0"
-        return check.tensor("temperature", temperature, lambda t: (t > 0) & t.isfinite(), expected)
-    check.value("temperature", temperature, check.POSITIVE)
-    return temperature
 
 
 def _needs_float64(temperature: Number) -> bool:
