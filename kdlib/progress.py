@@ -14,11 +14,11 @@ def _is_quiet() -> bool:
 
 
 @contextlib.contextmanager
-def of_a_training(model: str, runs: int, epochs: float) -> Iterator[Callable[[Any], None]]:
+def of_a_training(model: str, runs: int) -> Iterator[Callable[[Any], None]]:
     """One bar for a group of runs; the function that it gives shows a `loop.State`."""
     from tqdm import tqdm  # a bare machine trains without it
 
-    name = f"{model}, {runs} run{'s'[: runs > 1]} x {epochs:.3g} epochs"
+    name = f"{model}, {runs} run{'s'[: runs > 1]}"
     with tqdm(desc=name, unit="step", disable=_is_quiet(), leave=False) as bar:
 
         def show(state: Any) -> None:

@@ -298,9 +298,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     fit = loop.fit
 
-    def noted(model: nn.Module, tensors: Any, loss: Any, **settings: Any) -> loop.Curves:
-        calls.append(settings | {"data": tensors, "loss": loss})
-        return fit(model, tensors, loss, **settings)
+    def noted(model: nn.Module, **settings: Any) -> loop.Curves:
+        calls.append(settings)
+        return fit(model, **settings)
 
     monkeypatch.setattr(loop, "fit", noted)
     return calls
