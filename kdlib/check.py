@@ -137,17 +137,17 @@ def in_a_step() -> Iterator[None]:
         _in_a_step.reset(token)
 
 
-def is_in_a_step() -> bool:
-    """Whether this is one of `fit`'s steps."""
-    return _in_a_step.get()
+def may_read(given: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: not those on a GPU in one of `fit`'s steps."""
+    return not (given.is_cuda and _in_a_step.get())
 
 
 def per_run(name: str, given: float | Tensor, rule: Rule) -> None:
     """Raise ValueError unless a rule accepts a number, or each value of a tensor.
 
-    A CUDA tensor inside one of `fit`'s steps is not read: see `in_a_step`.
+    A tensor that `may_read` excludes is trusted.
     """
     if not isinstance(given, Tensor):
         value(name, given, rule)
-    elif not (given.is_cuda and is_in_a_step()):
+    elif may_read(given):
         value(name, given.flatten().tolist(), each(rule, f"{rule.expected}, for each run"))

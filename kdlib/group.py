@@ -71,10 +71,9 @@ def classes(network: nn.Module, inputs: Tensor, recipe: Recipe, device: torch.de
     problem = f"the model {recipe.model!r} does not fit the dataset {recipe.dataset!r}"
     try:
         found: int = network(inputs).shape[-1]
-    except RuntimeError as error:
-        raise ValueError(f"{problem}: it does not take images of {size} ({error})") from error
-    except AttributeError as error:
-        raise ValueError(f"{problem}: its output is no tensor of logits ({error})") from error
+    # PyTorch refuses the images, or what comes has no shape, such as a dictionary.
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"{problem}: it gives no logits for images of {size} ({error})") from error
     if found < expected:
         raise ValueError(
             f"{problem}: it gives {found} logits, expected one for each of {expected} classes"

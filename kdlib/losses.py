@@ -153,7 +153,7 @@ def _needs_float64(temperature: Number) -> bool:
     A tensor on a GPU is not read inside `fit`; give it as float64 where it is above 100.
     """
     if isinstance(temperature, Tensor):
-        if temperature.is_cuda and check.is_in_a_step():
+        if not check.may_read(temperature):
             return temperature.dtype == torch.float64
         temperature = float(temperature.max())
     if temperature > HIGHEST_IN_FLOAT64:
