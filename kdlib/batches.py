@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kdlib import check
 from kdlib.data import to_input, translate
 
-BLOCK = 512  # steps whose samples are drawn at once: drawing has a cost per call
+# Steps whose samples are drawn at once: drawing has a cost per call, and takes memory.
+BLOCK = 512
 
 
 class Batches:
@@ -52,6 +53,7 @@ class Batches:
         self.seeds = _values("seed", seed, self.runs, check.whole())
         self.seed = self.seeds[0] if self.runs is None else self.seeds
         self.jitters = _values("jitter", jitter, self.runs, check.whole())
+        # Only images can be moved, and an image moved by its whole size is empty.
         is_image = self.tensors[0].dtype == torch.uint8
         side = min(self.tensors[0].shape[-2:]) if is_image else 1
         if max(self.jitters) >= side:
@@ -67,6 +69,7 @@ class Batches:
     def between(self, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Step by step: its number, sample indices (…, batch), shifts (…, batch, 2) if any."""
         size = self.batch_size
+        # A block begins anywhere in a run's stream, so its length changes no sample.
         for start in range(first, last, BLOCK):
             stop = min(start + BLOCK, last)
             drawn = [self._draw(run, start * size, stop * size) for run in range(self.runs or 1)]
@@ -84,6 +87,7 @@ class Batches:
         size, most = self.sizes[run], self.jitters[run]
         samples, shifts = [], [torch.zeros(0, 2, dtype=torch.int64, device=self.device)]
         generator = torch.Generator(self.device)
+        # Each epoch has a generator state of its own: none depends on those before it.
         for epoch in range(start // size, (stop - 1) // size + 1):
             part = slice(max(start - epoch * size, 0), stop - epoch * size)
             generator.manual_seed(mixed_seed(self.seeds[run], "pass", epoch))
@@ -106,6 +110,7 @@ class Batches:
         if shifts is not None:
             images = inputs.flatten(0, index.dim() - 1)
             inputs = translate(images, shifts.flatten(0, -2)).view_as(inputs)
+        # Labels stay int64; what is measured, such as logits, has the network's dtype.
         cast = [part.to(self.dtype) if part.is_floating_point() else part for part in targets]
         return as_inputs(inputs, self.tensors[0].dim() - 1, self.dtype), cast
 
@@ -136,7 +141,8 @@ def mixed_seed(*parts: object) -> int:
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """tensor[index]; for uint8 images on a CPU in a tenth of the time."""
+    """tensor[index], whatever the shape of the index."""
+    # For uint8 images on a CPU this takes a tenth of the time of an index in brackets.
     return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
 
 
@@ -153,12 +159,14 @@ def _parts(data: Any, device: torch.device, runs: int | None) -> list[list[Tenso
     if not isinstance(data, list | tuple):
         _refuse(data)
     parts = [list(part) if isinstance(part, list | tuple) else [part] for part in data]
+    # A list of another length is a mistake, and would be taken for samples if it were stacked.
     for given, part in zip(data, parts, strict=True):
         if len(part) not in (1, runs) or not all(isinstance(one, Tensor) for one in part):
             _refuse(given)
     sizes = [len(tensor) for part in parts for tensor in part]
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(f"data have {sizes} samples: expected equal numbers, above 0")
+    # PyTorch would name neither the tensor nor the way out, and that only in the first step.
     elsewhere = {str(tensor.device) for part in parts for tensor in part} - {str(device)}
     if elsewhere:
         raise ValueError(

@@ -27,6 +27,7 @@ class Rule:
 
 def value(name: str, given: Any, rule: Rule) -> Any:
     """The given value as plain Python. Raises ValueError unless the rule accepts it."""
+    # Whatever Python or NumPy thinks is wrong with the value, the user reads what is expected.
     try:
         return rule.read(given)
     except (TypeError, ValueError, OverflowError):
@@ -48,6 +49,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, ends: str = "[]") 
     """A finite real number between two bounds; ends: "(" or ")" leaves a bound out."""
 
     def read(given: Any) -> float:
+        # `float` would take text as well.
         _real(given, numbers.Real)
         plain = float(given)
         above = plain > low if ends[0] == "(" else plain >= low
@@ -61,6 +63,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, ends: str = "[]") 
     return Rule(f"a finite number {'above' if ends[0] == '(' else 'from'} {low:g}", read)
 
 
+# The default bound lies below that of int64, so that any seed accepted fits a generator.
 def whole(low: int = 0, high: int = 2**62) -> Rule:
     """A whole number between two bounds, both included."""
 
@@ -86,6 +89,7 @@ def boolean() -> Rule:
     """True or False, Python's or NumPy's."""
 
     def read(given: Any) -> bool:
+        # 0, 1 and "false" are more likely slips than truth values.
         if not isinstance(given, bool | np.bool_):
             raise TypeError
         return bool(given)
@@ -123,6 +127,7 @@ def _real(given: Any, kind: type) -> None:
         raise TypeError
 
 
+# A variable of the context, since trainings may go on in several threads.
 _in_a_step = contextvars.ContextVar("in_a_step", default=False)
 
 

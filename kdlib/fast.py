@@ -90,13 +90,16 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: blocks of up to 32 MiB come from the heap
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: what is above 1 GiB is given back
+        # M_MMAP_THRESHOLD: blocks of up to 32 MiB come from the heap.
+        mallopt(-3, 1 << 25)
+        # M_TRIM_THRESHOLD: what is above 1 GiB is given back.
+        mallopt(-1, 1 << 30)
 
 
 def prepared(step: Step, batches: Any, rates: Tensor, momenta: Tensor, state: Any) -> Step:
     """The step as this device takes it fastest."""
     keep_memory()
+    # On a CPU there is no launch to save: a step as it stands is the fastest.
     if rates.device.type != "cuda":
         return step
     _, index, shifts = next(batches.between(0, 1))

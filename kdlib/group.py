@@ -109,6 +109,7 @@ def train(
 
         settings_of_fit = _settings(group, device, teachers)
         curves = loop.fit(model, **settings_of_fit, on_report=on_report, resume=resume)
+    # A run of a stack has no time of its own.
     share = (time.monotonic() - started) / len(group)
     origin = provenance(device, effective(group[0].precision, device))
     states = model.unstack() if isinstance(model, Stack) else [model.state_dict()]
@@ -116,6 +117,7 @@ def train(
     for run, (recipe, network, weights) in enumerate(zip(group, networks, states, strict=True)):
         network.load_state_dict(weights)
         own = _curves_of(run, curves) if isinstance(model, Stack) else curves
+        # Networks are judged without bf16 and tf32, whatever they were trained in.
         with settings("fp32", device):
             metrics = _metrics(network.eval(), recipe, device, own)
         weights = {name: weight.cpu() for name, weight in weights.items()}
@@ -161,6 +163,7 @@ def _targets(
     group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
 ) -> tuple[list[Any], nn.Module | None, loop.Loss]:
     """What a group is trained on: cached logits, or a teacher for each batch; and the loss."""
+    # In a group either all recipes have a teacher or none has; so with smoothed labels.
     if group[0].label_smoothing:
         smoothing = _numbers(group, "label_smoothing", device)
         return [], None, functools.partial(losses.cross_entropy, label_smoothing=smoothing)
@@ -230,6 +233,7 @@ def _metrics(
         metrics[f"{name}_errors"] = errors
         metrics[f"{name}_accuracy"] = 1 - errors / len(split)
     samples = training(recipe, device)[rows(recipe, device)]
+    # A thousand of them are enough to see whether all answers are the same.
     some = samples[:: max(1, len(samples) // 1000)]
     logits = loop.predict(network, some.images)
     constant = len(some.labels.unique()) > 1 and len(logits.argmax(-1).unique()) == 1

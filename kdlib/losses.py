@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kdlib import check
 
-Number = float | Tensor  # a tensor holds one value per run, of the loss's shape (...)
+# A tensor holds one value per run, of the loss's shape (...).
+Number = float | Tensor
 
-HIGHEST_IN_FLOAT32 = 100.0  # the highest temperature at which float32 holds the divergence's digits
-HIGHEST_IN_FLOAT64 = 1e6  # and the highest at which float64 does
+# The highest temperatures at which each dtype holds the digits of the divergence.
+HIGHEST_IN_FLOAT32 = 100.0
+HIGHEST_IN_FLOAT64 = 1e6
 
 
 def soften(logits: Tensor, temperature: Number) -> Tensor:
@@ -35,6 +37,7 @@ def log_soften(logits: Tensor, temperature: Number) -> Tensor:
 
 
 def _log_soften(logits: Tensor, temperature: Number) -> Tensor:
+    # One temperature for all samples and classes of a run.
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None, None]
     return torch.log_softmax(logits / temperature, dim=-1)
@@ -54,6 +57,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: Number = 0.0
         )
     logs = torch.log_softmax(logits, dim=-1)
     hard = -logs.gather(-1, targets[..., None]).mean((-2, -1))
+    # The common case costs no second mean.
     if not isinstance(label_smoothing, Tensor) and label_smoothing == 0:
         return hard
     return (1 - label_smoothing) * hard - label_smoothing * logs.mean((-2, -1))
@@ -117,6 +121,7 @@ def logit_matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tenso
     """
     _same_shape(student_logits, teacher_logits)
     gap = student_logits - teacher_logits
+    # Logits mean the same up to a constant, so a difference that all classes share is none.
     gap = gap - gap.mean(-1, keepdim=True)
     return gap.square().mean(-1).mean(-1) / 2
 

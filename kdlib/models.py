@@ -71,6 +71,7 @@ class LeNetHalf(nn.Sequential):
     def __init__(self, classes: int = 10, relu_logits: bool = False) -> None:
         features = nn.Sequential(nn.Conv2d(1, 3, 5), _PlaneByPlane(), nn.ReLU(), nn.MaxPool2d(2))
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(432, classes))
+        # Last in the classifier, so that both networks have weights of the same names.
         if relu_logits:
             classifier.append(nn.ReLU())
         super().__init__(OrderedDict(features=features, classifier=classifier))
@@ -79,6 +80,7 @@ class LeNetHalf(nn.Sequential):
 _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "lenet-half": LeNetHalf,
+    # A name of its own, not an option: a recipe names a network and nothing else.
     "lenet-half-relu": functools.partial(LeNetHalf, relu_logits=True),
 }
 
@@ -98,6 +100,7 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     The network takes images as `data.to_input` makes them and returns logits. A name that is
     registered again stands for the new network. Raises ValueError for a built-in name.
     """
+    # Else a recipe of the book would mean one network here and another elsewhere.
     if name in _BUILT_IN or name.startswith("mlp-"):
         raise ValueError(f"model name {name!r} is built in: choose another name")
     _registered[name] = factory
