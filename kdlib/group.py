@@ -95,11 +95,12 @@ def train(
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
     networks = [build(recipe).to(device) for recipe in group]
     model = networks[0] if len(group) == 1 else Stack(networks)
+    epochs = steps(group[0], device) * group[0].batch_size / len(rows(group[0], device))
     with (
         default_dtype(torch.float32),
         # A recipe's run has a status, which tells what the warning would.
         warnings.catch_warnings(action="ignore", category=loop.Diverged),
-        progress.of_a_training(group[0].model, len(group)) as show,
+        progress.of_a_training(group[0].model, len(group), epochs) as show,
     ):
 
         def on_report(state: loop.State) -> None:

@@ -15,12 +15,12 @@ def _is_quiet() -> bool:
 
 
 @contextlib.contextmanager
-def of_a_training(model: str, runs: int) -> Iterator[Callable[[Any], None]]:
+def of_a_training(model: str, runs: int, epochs: float) -> Iterator[Callable[[Any], None]]:
     """One bar for a group of runs; the function that it gives shows a `loop.State`."""
     # Imported here, since `kdlib.fit` alone needs no bars.
     from tqdm import tqdm
 
-    name = f"{model}, {runs} run{'s'[: runs > 1]}"
+    name = f"{model}, {runs} run{'s'[: runs > 1]} x {epochs:.3g} epochs"
     with tqdm(desc=name, unit="step", disable=_is_quiet(), leave=False) as bar:
 
         def show(state: Any) -> None:
