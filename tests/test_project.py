@@ -219,9 +219,9 @@ def test_the_press_uses_what_the_library_offers_everyone(path):
     modules = {name for module, name in imports(path) if module == "kdlib"}
     private = [name for module, name in imports(path) if module[:5] == "kdlib" and name[:1] == "_"]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in modules and node.attr.startswith("_"):
-                private.append(f"{node.value.id}.{node.attr}")
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            owner = ast.unparse(node.value)
+            private += [f"{owner}.{node.attr}"] * (owner in modules)
     assert private == []
 
 

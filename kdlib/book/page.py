@@ -52,7 +52,7 @@ def check_parameters(
     Further keywords: name = (value, the values that are allowed).
     """
     named = {"profile": (profile, PROFILES), "dataset": (dataset, data.names()), **choices}
-    # In the order of a chapter's cell, so that the first bad line is the one that is named.
+    # One list, so that all of them are refused in one way.
     rules = [
         *((name, given, _choice(allowed)) for name, (given, allowed) in named.items()),
         ("seed", seed, check.whole()),
