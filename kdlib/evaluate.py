@@ -218,7 +218,8 @@ def _seeds(row: Any) -> list[Any]:
     """The seeds of a row's values, in its order; None where a seed is unknown."""
     if isinstance(row, Mapping):
         return sorted(row)
-    return [item.recipe.seed if hasattr(item, "recipe") else None for item in row]
+    # A recorded value that is no run's has no recipe, but a seed of its own.
+    return [getattr(getattr(item, "recipe", None) or item, "seed", None) for item in row]
 
 
 def _values(row: Any, metric: str) -> np.ndarray:

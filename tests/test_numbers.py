@@ -68,7 +68,7 @@ def test_a_name_stands_for_a_recorded_number(name: str, expected: str) -> None:
 
 @pytest.mark.parametrize("old", ["?", "1", "−1,234.5", "+3", "1 ± 2", "66.0 ± 4.2 (30)", "12%"])
 def test_a_number_is_filled_in_and_all_around_it_stays(old: str) -> None:
-    text = "In 2–{}<!-- ref: big/mean --> of 3 ± {}<!-- ref: big/spread -->, 7<!-- no ref -->"
+    text = "In 2–{}<!-- ref: big/mean --> of {}<!-- ref: big/spread -->, 7<!-- no ref -->"
     filled = numbers.fill(text.format(old, old), HERE)
     assert filled == text.format("68.5", numbers.value("big/spread", HERE))
     assert numbers.fill(filled, HERE) == filled

@@ -1,5 +1,6 @@
 """The project's own files agree with one another, and its tools do what they say."""
 
+import ast
 import copy
 import importlib.util
 import json
@@ -193,6 +194,35 @@ def test_gpu_workflow_never_runs_for_a_pull_request():
     triggers = yaml.safe_load(text)[True]  # YAML 1.1 reads the key `on` as true
     assert set(triggers) == {"workflow_dispatch", "push", "schedule"}
     assert set(triggers["push"]) == {"tags"}
+
+
+# --- the library and the press -----------------------------------------------------------
+
+
+def imports(path):
+    """The modules that a file imports, and the names that it takes from each."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kdlib").glob("*.py")), ids=lambda path: path.stem)
+def test_the_library_knows_nothing_of_the_book(path):
+    assert [taken for taken in imports(path) if "kdlib.book" in ".".join(taken)] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kdlib/book").glob("*.py")), ids=lambda p: p.stem)
+def test_the_press_uses_what_the_library_offers_everyone(path):
+    """No private name of the library's, by import or through a module."""
+    modules = {name for module, name in imports(path) if module == "kdlib"}
+    private = [name for module, name in imports(path) if module[:5] == "kdlib" and name[:1] == "_"]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            owner = ast.unparse(node.value)
+            private += [f"{owner}.{node.attr}"] * (owner in modules)
+    assert private == []
 
 
 # --- make --------------------------------------------------------------------------------
@@ -455,7 +485,7 @@ def clone(tmp_path):
     for path in tracked_files():
         name = path.relative_to(ROOT)
         needed = name.parts[0] in ("kdlib", "pyproject.toml", "README.md", "LICENSE")
-        if needed or name.parts[:2] == ("book", "reference"):
+        if needed or name.parts[:2] in (("book", "reference"), ("book", "claims.yml")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(path.read_bytes())
     git("init", "-q", cwd=root)

@@ -71,6 +71,7 @@ def test_a_recorded_row_trained_again_gives_the_same(
         assert old.seconds > 0
 
 
+@pytest.mark.usefixtures("real_data")
 def test_a_row_of_the_book_trained_again_agrees() -> None:
     """The cheapest row that was recorded, whatever the device: within five deviations."""
     found = [

@@ -67,6 +67,7 @@ def fill(text: str, chapter: str = "") -> str:
 
     filled, found = _MARKED.subn(number, text)
     if found != len(_MARKER.findall(text)):
+        # What is left without the good ones begins with the first that has no number.
         stray = _MARKER.search(_MARKED.sub("", text))
         place = _MARKED.sub("", text)[stray.start() :][:60] if stray else ""
         raise ValueError(f"{place!r} has no number before it: write one, or a ?")
@@ -76,6 +77,7 @@ def fill(text: str, chapter: str = "") -> str:
 def value(name: str, chapter: str = "") -> str:
     """What a marker's name stands for, formatted. Raises ValueError if nothing is recorded."""
     *parts, statistic = name.split("/")
+    # No row of a record is named like a chapter.
     if parts and _CHAPTER.fullmatch(parts[0]):
         chapter = parts.pop(0)
     row, metric = (*parts, "test_errors")[:2] if parts else ("", "")
@@ -94,6 +96,7 @@ def value(name: str, chapter: str = "") -> str:
         )
     if not isinstance(found, int | float):
         return str(found)
+    # The errors of one network are counted; a mean has a decimal, even where that is 0.
     counted = isinstance(found, int) or (statistic in ("min", "median", "max") and found % 1 == 0)
     default = ",.0f" if counted else ".1f"
     return format(found, form or default).replace("-", "−")
@@ -118,6 +121,7 @@ def _values(row: Any, metric: str) -> list[float]:
     return [each[metric] if each["status"] == "ok" else math.nan for each in metrics]
 
 
+# A record is megabytes of JSON, and a page has dozens of numbers.
 @functools.cache
 def _rows(chapter: str) -> dict[str, list[reference.Recorded]]:
     """A chapter's recorded results; chapter@profile: those of another profile than full."""

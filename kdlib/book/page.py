@@ -29,7 +29,8 @@ def glue(name: str, value: Any) -> None:
     if find_spec("myst_nb") is not None:
         from myst_nb import glue as keep
 
-        plain = value.item() if hasattr(value, "item") else value  # a page formats numbers
+        # A page formats Python's numbers; of a tensor or an array it would show the text.
+        plain = value.item() if hasattr(value, "item") else value
         keep(name, plain, display=False)
 
 
@@ -51,6 +52,7 @@ def check_parameters(
     Further keywords: name = (value, the values that are allowed).
     """
     named = {"profile": (profile, PROFILES), "dataset": (dataset, data.names()), **choices}
+    # One list, so that all of them are refused in one way.
     rules = [
         *((name, given, _choice(allowed)) for name, (given, allowed) in named.items()),
         ("seed", seed, check.whole()),
@@ -80,7 +82,8 @@ def _check(name: str, given: Any, rule: check.Rule) -> None:
         if not len(given):
             check.refuse(f"parameter {name}", given, expected)
         rule = check.each(rule, expected)
-    elif isinstance(given, str) and given.startswith("["):  # papermill's -p gives lists as text
+    elif isinstance(given, str) and given.startswith("["):
+        # papermill's -p gives a list as text, which only some chapters read as one.
         hint = f"{rule.expected}; a list is given with papermill's -y '{name}: {given}'"
         rule = check.Rule(hint, rule.read)
     check.value(f"parameter {name}", given, rule)
@@ -91,6 +94,7 @@ def listed(value: Any) -> list[Any]:
 
     Raises ValueError for what is no list.
     """
+    # Not eval: a parameter is data, whoever gives it.
     try:
         found = ast.literal_eval(value) if isinstance(value, str) else value
     except (SyntaxError, ValueError):
@@ -102,6 +106,7 @@ def listed(value: Any) -> list[Any]:
 
 def colophon(profile: str, dataset: str, device: str = "auto", seeds: Any = 0) -> Markdown:
     """What this page ran on, as a table: profile, dataset, device, versions, seeds, date."""
+    # How many images there are differs between MNIST and the sample that may stand for it.
     used = data.load(dataset, device)
     where = data.resolve_device(device)
     threads = torch.get_num_threads()

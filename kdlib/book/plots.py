@@ -53,6 +53,7 @@ def digits(axes: Any, images: Tensor, titles: list[str] | None = None) -> None:
 def svg(figure: Any) -> str:
     """A figure as SVG, the same text each time, and closed."""
     drawn = io.StringIO()
+    # Without these, ids and the date would differ each time, and every drawing be a change.
     with plt.rc_context({"svg.hashsalt": "kdlib", "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)

@@ -52,6 +52,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def _configure(app: Sphinx, config: Config) -> None:
     """Look up what has been executed, and give the theme its buttons and banner."""
     top = Path(app.srcdir)
+    # The press finds the clone from the working directory, which may be another one here.
     with contextlib.chdir(top):
         ran = chapters.pages(os.environ.get("KDLIB_PROFILE") or None)
         notes = {name: _notes(chapters.made(page)) for name, page in ran.items()}
@@ -131,6 +132,7 @@ def _keys(page: Path) -> set[str]:
 def _without_gaps(text: str, page: str, glued: dict[str, list[str]]) -> str:
     """The text with a dash where it names a value that no executed page has."""
 
+    # myst-nb warns of such a value, and a warning is a failure.
     def value(match: re.Match[str]) -> str:
         return match[0] if match[2] in glued.get(match[1] or page, []) else "–"
 
