@@ -320,6 +320,9 @@ def _agree(job: _Job, device: torch.device) -> None:
         try:
             for register, name, made_by in job.registered if is_told else []:
                 register(name, pickle.loads(made_by))
+            # ValueError for a network that is unknown here.
+            for recipe in job.members:
+                group.build(recipe)
             if [keys.key(recipe, device) for recipe in job.members] == job.names:
                 return
         except (ValueError, AttributeError, ImportError, pickle.PickleError) as error:
