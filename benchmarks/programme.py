@@ -20,7 +20,7 @@ import torch
 import kdlib
 from benchmarks import limit, turns
 from benchmarks.systems import PEERS, Job, Task, network
-from kdlib import data, loop, losses, memory, store
+from kdlib import data, files, loop, losses, memory
 from kdlib.precision import effective
 from kdlib.provenance import processor
 
@@ -237,7 +237,7 @@ def _close(record: Record, save: Callable[[Record], None]) -> Record:
 
 def save_to(path: Path) -> Callable[[Record], None]:
     """A function that keeps a record in a file."""
-    return lambda record: store.put(path, f"{json.dumps(record, indent=1)}\n".encode())
+    return lambda record: files.put(path, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def noise(comparison: Record) -> tuple[float, float, int]:

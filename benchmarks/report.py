@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.programme import Record, noise
 from benchmarks.systems import PEERS
-from kdlib import store
+from kdlib import files
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -24,9 +24,9 @@ def render(results: Path = RESULTS, pages: Path = PAGES) -> None:
     for device in ORDERED:
         path = results / f"{device}.json"
         record = json.loads(path.read_text()) if path.is_file() else None
-        store.put(pages / f"{device}.md", page(record, device).encode())
+        files.put(pages / f"{device}.md", page(record, device).encode())
         if record is not None:
-            store.put(pages / f"{device}.svg", figure(record).encode())
+            files.put(pages / f"{device}.svg", figure(record).encode())
 
 
 def page(record: Record | None, device: str) -> str:

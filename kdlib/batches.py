@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kdlib import check
 from kdlib.data import to_input, translate
 
-BLOCK = 512  # steps whose samples are drawn at once: drawing has a cost per call
+# Steps whose samples are drawn at once: drawing has a cost per call, and takes memory.
+BLOCK = 512
 
 
 class Batches:
@@ -40,14 +41,19 @@ class Batches:
         weight = next(model.parameters())
         self.device, self.dtype, self.batch_size = weight.device, weight.dtype, batch_size
         self.runs: int | None = getattr(model, "runs", None)
-        self.tensors, self.shared = _tensors(data, self.device, self.runs)
-        self.sample_dims = self.tensors[0].dim() - (1 if self.shared[0] else 2)
-        count = self.tensors[0].shape[0 if self.shared[0] else 1]
-        self.rows = _rows_per_run(rows, self.runs or 1, count)
-        self.sizes = [count if chosen is None else len(chosen) for chosen in self.rows]
+        parts = _parts(data, self.device, self.runs)
+        count = len(parts[0][0])
+        # A part of which each run has its own is one tensor too, run after run.
+        self.tensors = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+        self.shared = [len(part) == 1 for part in parts]
+        self.first_rows = torch.arange(self.runs or 1, device=self.device)[:, None] * count
+        every = torch.arange(count, device=self.device)
+        self.rows = _rows_per_run(every if rows is None else rows, self.runs or 1, count)
+        self.sizes = [len(chosen) for chosen in self.rows]
         self.seeds = _values("seed", seed, self.runs, check.whole())
         self.seed = self.seeds[0] if self.runs is None else self.seeds
         self.jitters = _values("jitter", jitter, self.runs, check.whole())
+        # Only images can be moved, and an image moved by its whole size is empty.
         is_image = self.tensors[0].dtype == torch.uint8
         side = min(self.tensors[0].shape[-2:]) if is_image else 1
         if max(self.jitters) >= side:
@@ -63,13 +69,14 @@ class Batches:
     def between(self, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Step by step: its number, sample indices (…, batch), shifts (…, batch, 2) if any."""
         size = self.batch_size
+        # A block begins anywhere in a run's stream, so its length changes no sample.
         for start in range(first, last, BLOCK):
             stop = min(start + BLOCK, last)
             drawn = [self._draw(run, start * size, stop * size) for run in range(self.runs or 1)]
-            index = torch.stack([samples for samples, _ in drawn])
-            shifts = torch.stack([moves for _, moves in drawn])
             if self.runs is None:
-                index, shifts = index[0], shifts[0]
+                index, shifts = drawn[0]
+            else:
+                index, shifts = map(torch.stack, zip(*drawn, strict=True))
             for step in range(start, stop):
                 here = slice((step - start) * size, (step - start + 1) * size)
                 moved = shifts[..., here, :] if any(self.jitters) else None
@@ -80,6 +87,7 @@ class Batches:
         size, most = self.sizes[run], self.jitters[run]
         samples, shifts = [], [torch.zeros(0, 2, dtype=torch.int64, device=self.device)]
         generator = torch.Generator(self.device)
+        # Each epoch has a generator state of its own: none depends on those before it.
         for epoch in range(start // size, (stop - 1) // size + 1):
             part = slice(max(start - epoch * size, 0), stop - epoch * size)
             generator.manual_seed(mixed_seed(self.seeds[run], "pass", epoch))
@@ -91,21 +99,20 @@ class Batches:
                     -most, most + 1, (size, 2), generator=generator, device=self.device
                 )
                 shifts.append(moves[part])
-        index, chosen = torch.cat(samples), self.rows[run]
-        return (index if chosen is None else chosen[index]), torch.cat(shifts)
+        return self.rows[run][torch.cat(samples)], torch.cat(shifts)
 
     def samples(self, index: Tensor, shifts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Some samples' inputs, as the network takes them, and their targets."""
-        run = None if self.runs is None else torch.arange(self.runs, device=self.device)[:, None]
         inputs, *targets = (
-            _take(tensor, index) if shared else tensor[run, index]
+            _take(tensor, index if shared else self.first_rows + index)
             for tensor, shared in zip(self.tensors, self.shared, strict=True)
         )
         if shifts is not None:
             images = inputs.flatten(0, index.dim() - 1)
             inputs = translate(images, shifts.flatten(0, -2)).view_as(inputs)
+        # Labels stay int64; what is measured, such as logits, has the network's dtype.
         cast = [part.to(self.dtype) if part.is_floating_point() else part for part in targets]
-        return as_inputs(inputs, self.sample_dims, self.dtype), cast
+        return as_inputs(inputs, self.tensors[0].dim() - 1, self.dtype), cast
 
 
 def as_inputs(samples: Tensor, sample_dims: int, dtype: torch.dtype) -> Tensor:
@@ -115,16 +122,13 @@ def as_inputs(samples: Tensor, sample_dims: int, dtype: torch.dtype) -> Tensor:
     width). Integers, such as an embedding's, stay integers.
     """
     if samples.dtype == torch.uint8:
-        samples = to_input(samples) if sample_dims == 2 else samples.float().div_(255)
+        samples = to_input(samples, has_channels=sample_dims != 2)
     return samples.to(dtype) if samples.is_floating_point() else samples
 
 
 def _values(name: str, given: Any, runs: int | None, rule: check.Rule) -> list[Any]:
     """A setting as a list, one value per run; a single value is that of all runs."""
-    several = isinstance(given, list | tuple | np.ndarray) or (
-        isinstance(given, Tensor) and given.dim() > 0
-    )
-    values = list(given) if several else [given] * (runs or 1)
+    values = list(given) if np.ndim(given) else [given] * (runs or 1)
     if len(values) != (runs or 1):
         raise ValueError(f"{name} has {len(values)} values: expected {runs or 1}, one per run")
     plain = [value.item() if isinstance(value, Tensor) else value for value in values]
@@ -137,18 +141,9 @@ def mixed_seed(*parts: object) -> int:
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """tensor[index]; for uint8 images on a CPU in a tenth of the time."""
+    """tensor[index], whatever the shape of the index."""
+    # For uint8 images on a CPU this takes a tenth of the time of an index in brackets.
     return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])
-
-
-def _tensor(part: Any, runs: int | None) -> Tensor:
-    """A part of the data; a list of tensors, one per run of a stack, as one tensor."""
-    if isinstance(part, Tensor):
-        return part
-    is_list = isinstance(part, list | tuple) and all(isinstance(item, Tensor) for item in part)
-    if is_list and len(part) == runs:
-        return torch.stack(list(part))
-    return _refuse(part)
 
 
 def _refuse(part: Any) -> NoReturn:
@@ -159,36 +154,35 @@ def _refuse(part: Any) -> NoReturn:
     )
 
 
-def _tensors(
-    data: Sequence[Any], device: torch.device, runs: int | None
-) -> tuple[list[Tensor], list[bool]]:
-    """The data as tensors, and whether all runs share each of them."""
+def _parts(data: Any, device: torch.device, runs: int | None) -> list[list[Tensor]]:
+    """The data, each part as a list: of one tensor for all runs, or of one per run."""
     if not isinstance(data, list | tuple):
         _refuse(data)
-    tensors = [_tensor(part, runs) for part in data]
-    shared = [isinstance(part, Tensor) for part in data]
-    sizes = [tensor.shape[0 if one else 1] for tensor, one in zip(tensors, shared, strict=True)]
+    parts = [list(part) if isinstance(part, list | tuple) else [part] for part in data]
+    # A list of another length is a mistake, and would be taken for samples if it were stacked.
+    for given, part in zip(data, parts, strict=True):
+        if len(part) not in (1, runs) or not all(isinstance(one, Tensor) for one in part):
+            _refuse(given)
+    sizes = [len(tensor) for part in parts for tensor in part]
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(f"data have {sizes} samples: expected equal numbers, above 0")
-    elsewhere = {str(tensor.device) for tensor in tensors} - {str(device)}
+    # PyTorch would name neither the tensor nor the way out, and that only in the first step.
+    elsewhere = {str(tensor.device) for part in parts for tensor in part} - {str(device)}
     if elsewhere:
         raise ValueError(
             f"data are on {elsewhere.pop()}, the model on {device}: "
             "expected one device, move either with .to()"
         )
-    return tensors, shared
+    return parts
 
 
-def _rows_per_run(
-    rows: Tensor | Sequence[Tensor] | None, runs: int, count: int
-) -> list[Tensor | None]:
-    """The samples that each run trains on, or None for all."""
-    chosen: list[Tensor | None]
-    chosen = [rows] * runs if rows is None or isinstance(rows, Tensor) else list(rows)
+def _rows_per_run(rows: Tensor | Sequence[Tensor], runs: int, count: int) -> list[Tensor]:
+    """The samples that each run trains on."""
+    chosen = [rows] * runs if isinstance(rows, Tensor) else list(rows)
     if len(chosen) != runs:
         raise ValueError(f"rows has {len(chosen)} values: expected {runs}, one per run")
-    # Rows that several runs share are looked at once.
-    for part in {id(part): part for part in chosen if part is not None}.values():
+    # A set, since rows that several runs share need to be looked at only once.
+    for part in set(chosen):
         if not len(part):
             raise ValueError("rows are empty: expected the numbers of some samples")
         if part.dtype != torch.int64 or int(part.min()) < 0 or int(part.max()) >= count:

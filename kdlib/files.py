@@ -1,6 +1,5 @@
 """Files on disk: kdlib's folders, one way to write a file, and the files of the datasets."""
 
-import contextlib
 import gzip
 import hashlib
 import http.client
@@ -103,10 +102,9 @@ def put(path: Path, content: bytes) -> None:
             # Without it, a power cut could leave the new name with an empty file.
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+    finally:
+        # It is still there only if something went wrong.
+        beside.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:

@@ -71,10 +71,9 @@ def classes(network: nn.Module, inputs: Tensor, recipe: Recipe, device: torch.de
     problem = f"the model {recipe.model!r} does not fit the dataset {recipe.dataset!r}"
     try:
         found: int = network(inputs).shape[-1]
-    except RuntimeError as error:
-        raise ValueError(f"{problem}: it does not take images of {size} ({error})") from error
-    except AttributeError as error:
-        raise ValueError(f"{problem}: its output is no tensor of logits ({error})") from error
+    # PyTorch refuses the images, or what comes has no shape, such as a dictionary.
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"{problem}: it gives no logits for images of {size} ({error})") from error
     if found < expected:
         raise ValueError(
             f"{problem}: it gives {found} logits, expected one for each of {expected} classes"
@@ -94,15 +93,23 @@ def train(
     on_state: called after each report but the last with what `resume` takes.
     """
     started = time.monotonic() - (resume or {}).get("seconds", 0.0)
-
-    def save(state: loop.State) -> None:
-        if on_state is not None and state.step < state.steps:
-            on_state(state.snapshot() | {"seconds": time.monotonic() - started})
-
     networks = [build(recipe).to(device) for recipe in group]
     model = networks[0] if len(group) == 1 else Stack(networks)
-    with default_dtype(torch.float32):
-        curves = _fit(group, model, device, teachers, resume, save)
+    with (
+        default_dtype(torch.float32),
+        # A recipe's run has a status, which tells what the warning would.
+        warnings.catch_warnings(action="ignore", category=loop.Diverged),
+        progress.of_a_training(group[0].model, len(group)) as show,
+    ):
+
+        def on_report(state: loop.State) -> None:
+            show(state)
+            if on_state is not None and state.step < state.steps:
+                on_state(state.snapshot() | {"seconds": time.monotonic() - started})
+
+        settings_of_fit = _settings(group, device, teachers)
+        curves = loop.fit(model, **settings_of_fit, on_report=on_report, resume=resume)
+    # A run of a stack has no time of its own.
     share = (time.monotonic() - started) / len(group)
     origin = provenance(device, effective(group[0].precision, device))
     states = model.unstack() if isinstance(model, Stack) else [model.state_dict()]
@@ -110,6 +117,7 @@ def train(
     for run, (recipe, network, weights) in enumerate(zip(group, networks, states, strict=True)):
         network.load_state_dict(weights)
         own = _curves_of(run, curves) if isinstance(model, Stack) else curves
+        # Networks are judged without bf16 and tf32, whatever they were trained in.
         with settings("fp32", device):
             metrics = _metrics(network.eval(), recipe, device, own)
         weights = {name: weight.cpu() for name, weight in weights.items()}
@@ -117,45 +125,27 @@ def train(
     return results
 
 
-def _fit(
-    group: Sequence[Recipe],
-    model: nn.Module,
-    device: torch.device,
-    teachers: Mapping[Recipe, Teacher],
-    resume: dict[str, Any] | None,
-    save: Callable[[loop.State], None],
-) -> loop.Curves:
-    """The group's call of `fit`, with a progress bar."""
+def _settings(
+    group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
+) -> dict[str, Any]:
+    """What `fit` is given to train a group, but for the network."""
     first, samples = group[0], training(group[0], device)
     held_out = "validation" if first.validation else "test"
     watched: data.Split = getattr(data.load(first.dataset, device), held_out)
     cached_logits, teacher, loss = _targets(group, device, teachers)
-    length, chosen = steps(first, device), [rows(recipe, device) for recipe in group]
-    epochs = length * first.batch_size / len(chosen[0])
-    shared = {name: getattr(first, name) for name in ("batch_size", "schedule", "max_norm")}
-    own = {name: _field(group, name) for name in ("learning_rate", "momentum", "jitter", "seed")}
-    with progress.of_a_training(first.model, len(group), epochs) as show:
-
-        def on_report(state: loop.State) -> None:
-            show(state)
-            save(state)
-
-        # A recipe's run has a status, which tells what the warning would.
-        with warnings.catch_warnings(action="ignore", category=loop.Diverged):
-            return loop.fit(
-                model,
-                [samples.images, samples.labels, *cached_logits],
-                loss,
-                **shared,
-                **own,
-                steps=length,
-                precision=first.precision,
-                rows=_one(chosen),
-                teacher=teacher,
-                evaluate={held_out: (watched.images, watched.labels)},
-                on_report=on_report,
-                resume=resume,
-            )
+    # Recipes of one shape agree in these fields; in the others each has a value of its own.
+    shared = ("batch_size", "schedule", "max_norm", "precision")
+    own = ("learning_rate", "momentum", "jitter", "seed")
+    return {
+        **{name: getattr(first, name) for name in shared},
+        **{name: _field(group, name) for name in own},
+        "data": [samples.images, samples.labels, *cached_logits],
+        "loss": loss,
+        "teacher": teacher,
+        "steps": steps(first, device),
+        "rows": _one([rows(recipe, device) for recipe in group]),
+        "evaluate": {held_out: (watched.images, watched.labels)},
+    }
 
 
 class _Committee(nn.Module):
@@ -173,20 +163,14 @@ def _targets(
     group: Sequence[Recipe], device: torch.device, teachers: Mapping[Recipe, Teacher]
 ) -> tuple[list[Any], nn.Module | None, loop.Loss]:
     """What a group is trained on: cached logits, or a teacher for each batch; and the loss."""
-    if not group[0].teacher and not group[0].label_smoothing:
-        return [], None, losses.cross_entropy
-    exact = torch.float64 if group[0].precision == "fp64" else torch.float32
-    if not group[0].teacher:
-        smoothing = _field(group, "label_smoothing")
-        if len(group) > 1:
-            smoothing = torch.tensor(smoothing, dtype=exact, device=device)
+    # In a group either all recipes have a teacher or none has; so with smoothed labels.
+    if group[0].label_smoothing:
+        smoothing = _numbers(group, "label_smoothing", device)
         return [], None, functools.partial(losses.cross_entropy, label_smoothing=smoothing)
-    temperature, hard_weight = _field(group, "temperature"), _field(group, "hard_weight")
-    if len(group) > 1:
-        hard_weight = torch.tensor(hard_weight, dtype=exact, device=device)
-        # On a GPU the loss cannot look at the temperatures, so their dtype has to decide.
-        exact = torch.float64 if max(temperature) > losses.HIGHEST_IN_FLOAT32 else exact
-        temperature = torch.tensor(temperature, dtype=exact, device=device)
+    if not group[0].teacher:
+        return [], None, losses.cross_entropy
+    temperature = _numbers(group, "temperature", device)
+    hard_weight = _numbers(group, "hard_weight", device)
 
     def loss(logits: Tensor, labels: Tensor, soft_targets: Tensor) -> Tensor:
         return losses.distillation_loss(
@@ -204,6 +188,16 @@ def answers(recipe: Recipe, teachers: Mapping[Recipe, Teacher]) -> Tensor:
     """The mean of the logits of a recipe's teachers, for the samples that it trains on."""
     samples = "train" if recipe.validation else "full", recipe.dataset
     return torch.stack([teachers[teacher].logits(*samples) for teacher in recipe.teacher]).mean(0)
+
+
+def _numbers(group: Sequence[Recipe], name: str, device: torch.device) -> float | Tensor:
+    """A field for the loss: one number, or for a stack a tensor of one per run."""
+    values = _field(group, name)
+    if len(group) == 1:
+        return float(values)
+    # On a GPU the loss cannot look at the temperatures, so their dtype has to decide.
+    exact = group[0].precision == "fp64" or max(values) > losses.HIGHEST_IN_FLOAT32
+    return torch.tensor(values, dtype=torch.float64 if exact else torch.float32, device=device)
 
 
 def _field(group: Sequence[Recipe], name: str) -> Any:
@@ -239,6 +233,7 @@ def _metrics(
         metrics[f"{name}_errors"] = errors
         metrics[f"{name}_accuracy"] = 1 - errors / len(split)
     samples = training(recipe, device)[rows(recipe, device)]
+    # A thousand of them are enough to see whether all answers are the same.
     some = samples[:: max(1, len(samples) // 1000)]
     logits = loop.predict(network, some.images)
     constant = len(some.labels.unique()) > 1 and len(logits.argmax(-1).unique()) == 1

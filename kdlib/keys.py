@@ -28,6 +28,7 @@ def key(recipe: Recipe, device: torch.device) -> str:
     for used in family(recipe):
         dataset = data.load(used.dataset, device)
         parts.append(dataset.digest)
+        # Networks that come with kdlib are part of its code.
         if models.registered(used.model) is not None:
             size = tuple(dataset.test.images.shape[1:])
             parts.append(identity.of_model(used.model, group.build, used, size))
@@ -66,6 +67,7 @@ def deciding(package: Path = _PACKAGE) -> dict[str, ast.Module]:
         path = package / f"{name}.py"
         if name in found or not path.is_file():
             continue
+        # Read, not imported: a module may also be imported inside a function.
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if reason(tree) is None:
             found[name] = tree
@@ -84,6 +86,7 @@ def reason(tree: ast.Module) -> str | None:
 def _imported(tree: ast.Module) -> Iterator[str]:
     """The modules of kdlib that a module imports, inside functions too."""
     for node in ast.walk(tree):
+        # A name that is no module, as in `from kdlib import train`, finds no file later.
         if isinstance(node, ast.ImportFrom) and node.module == "kdlib":
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdlib."):

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from kdlib import check, fast, sgd
 from kdlib.batches import Batches, as_inputs, mixed_seed
 from kdlib.precision import PRECISIONS, autocast, effective, settings
-from kdlib.stack import Stack as Stack  # importable from here too
+from kdlib.stack import Stack as Stack
 
 Loss = Callable[..., Tensor]
-Curves = dict[str, list[Any]]  # "step" and, report by report, a value (for a Stack a list)
-REPORTS = 10  # at most, unless asked for: testing a small network takes as long as training it
+# "step" and, report by report, a value (for a Stack a list).
+Curves = dict[str, list[Any]]
+# At most, unless asked for: testing a small network takes as long as training it.
+REPORTS = 10
 
 
 class Diverged(UserWarning):
@@ -117,6 +119,7 @@ def fit(
         while state.step < steps:
             model.train()
             first, stop = state.step, min(state.step + report_every, steps)
+            # A resumed training starts at a report: dropout depends on nothing before it.
             torch.manual_seed(mixed_seed(batches.seed, "dropout", first))
             totals = [torch.zeros_like(rates), torch.zeros_like(rates)]
             for number, index, shifts in batches.between(first, stop):
@@ -127,6 +130,7 @@ def fit(
             _report(state, batches, totals, stop - first, evaluate or {}, precision)
             if on_report is not None:
                 on_report(state)
+            # A stack goes on for the runs that are still sound.
             if not torch.isfinite(totals[0]).any():
                 _warn_of_divergence(stop, steps)
                 break
@@ -165,6 +169,7 @@ class _Step:
         logits = self._logits(self.model, inputs)
         with check.in_a_step():
             losses = self.loss(logits, *targets)
+        # A loss per sample, or without a gradient, would train something else or nothing.
         _check_losses(losses, rate)
         # The gradient of Σ rate · loss over the runs. No run's loss depends on another's weights,
         # so each run's gradient is multiplied by its own learning rate, which is a tensor, so
@@ -229,6 +234,7 @@ def predict(model: nn.Module, inputs: Tensor, batch: int = 2000) -> Tensor:
 
     The model stays in the mode it is in: call .eval() first where it has dropout.
     """
+    # The runs of a stack have the same samples here, not samples each of their own.
     dtype, dims = next(model.parameters()).dtype, inputs.dim() - 1
     shared = {"shared": True} if isinstance(model, Stack) else {}
     with torch.no_grad():
@@ -250,6 +256,7 @@ def _report(
     precision: str,
 ) -> None:
     """Add the means since the last report, and the errors on held-out data, to the curves."""
+    # Held-out samples are counted without dropout; `fit` goes back to training.
     state.model.eval()
     loss, right = (total / interval for total in totals)
     report: dict[str, Any] = {"step": state.step, "train_loss": loss.tolist()}

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kdlib import check
 
-Number = float | Tensor  # a tensor holds one value per run, of the loss's shape (...)
+# A tensor holds one value per run, of the loss's shape (...).
+Number = float | Tensor
 
-HIGHEST_IN_FLOAT32 = 100.0  # the highest temperature at which float32 holds the divergence's digits
-HIGHEST_IN_FLOAT64 = 1e6  # and the highest at which float64 does
+# The highest temperatures at which each dtype holds the digits of the divergence.
+HIGHEST_IN_FLOAT32 = 100.0
+HIGHEST_IN_FLOAT64 = 1e6
 
 
 def soften(logits: Tensor, temperature: Number) -> Tensor:
@@ -30,10 +32,12 @@ def soften(logits: Tensor, temperature: Number) -> Tensor:
 
 def log_soften(logits: Tensor, temperature: Number) -> Tensor:
     """The logarithm of `soften`, exact where probabilities underflow."""
-    return _log_soften(logits, _checked_temperature(temperature))
+    check.per_run("temperature", temperature, check.POSITIVE)
+    return _log_soften(logits, temperature)
 
 
 def _log_soften(logits: Tensor, temperature: Number) -> Tensor:
+    # One temperature for all samples and classes of a run.
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None, None]
     return torch.log_softmax(logits / temperature, dim=-1)
@@ -53,6 +57,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: Number = 0.0
         )
     logs = torch.log_softmax(logits, dim=-1)
     hard = -logs.gather(-1, targets[..., None]).mean((-2, -1))
+    # The common case costs no second mean.
     if not isinstance(label_smoothing, Tensor) and label_smoothing == 0:
         return hard
     return (1 - label_smoothing) * hard - label_smoothing * logs.mean((-2, -1))
@@ -69,7 +74,7 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     Hinton et al. 2015, section 2; introduced in chapter 4.
     """
     _same_shape(student_logits, teacher_logits)
-    temperature = _checked_temperature(temperature)
+    check.per_run("temperature", temperature, check.POSITIVE)
     kind = student_logits.dtype
     if _needs_float64(temperature):
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
@@ -97,10 +102,7 @@ def distillation_loss(
     shapes that differ. Tensors on a GPU are not checked inside `fit`.
     Hinton et al. 2015, section 2; introduced in chapter 4.
     """
-    if isinstance(hard_weight, Tensor):
-        check.tensor("hard_weight", hard_weight, lambda w: (w >= 0) & (w <= 1), "numbers in [0, 1]")
-    else:
-        check.value("hard_weight", hard_weight, check.number(0, 1))
+    check.per_run("hard_weight", hard_weight, check.number(0, 1))
     soft = soft_loss(student_logits, teacher_logits, temperature)
     if targets is None:
         if isinstance(hard_weight, Tensor) or hard_weight != 0:
@@ -119,6 +121,7 @@ def logit_matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tenso
     """
     _same_shape(student_logits, teacher_logits)
     gap = student_logits - teacher_logits
+    # Logits mean the same up to a constant, so a difference that all classes share is none.
     gap = gap - gap.mean(-1, keepdim=True)
     return gap.square().mean(-1).mean(-1) / 2
 
@@ -149,21 +152,13 @@ def _same_shape(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def _checked_temperature(temperature: Number) -> Number:
-    if isinstance(temperature, Tensor):
-        expected = "finite numbers above 0"
-        return check.tensor("temperature", temperature, lambda t: (t > 0) & t.isfinite(), expected)
-    check.value("temperature", temperature, check.POSITIVE)
-    return temperature
-
-
 def _needs_float64(temperature: Number) -> bool:
     """Whether float32 would lose the divergence, which falls as 1 / T² while its terms do not.
 
     A tensor on a GPU is not read inside `fit`; give it as float64 where it is above 100.
     """
     if isinstance(temperature, Tensor):
-        if temperature.is_cuda and check.is_in_a_step():
+        if not check.may_read(temperature):
             return temperature.dtype == torch.float64
         temperature = float(temperature.max())
     if temperature > HIGHEST_IN_FLOAT64:

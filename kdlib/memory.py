@@ -17,7 +17,8 @@ DECIDES_NOTHING = "how many runs share a stack changes them by rounding alone"
 _SHAPE = (
     "model", "dataset", "dropout", "batch_size", "schedule", "max_norm", "precision", "validation",
 )  # fmt: skip
-_WORKSPACE = 2**27  # bytes: cuBLAS's workspaces, 32 MiB per stream on an H200, and a teacher
+# Bytes for cuBLAS's workspaces, 32 MiB per stream on an H200, and a teacher.
+_WORKSPACE = 2**27
 
 
 def cut(
@@ -35,9 +36,9 @@ def cut(
     for recipe in recipes:
         shape = [getattr(recipe, field) for field in _SHAPE]
         # With jitter the teacher sees each batch, without it its logits are data.
-        targets = [bool(recipe.teacher), bool(recipe.teacher and recipe.jitter)]
-        targets.append(bool(recipe.label_smoothing))
-        shapes.setdefault((*shape, group.steps(recipe, device), *targets), []).append(recipe)
+        shape += bool(recipe.teacher), bool(recipe.teacher and recipe.jitter)
+        shape += bool(recipe.label_smoothing), group.steps(recipe, device)
+        shapes.setdefault(tuple(shape), []).append(recipe)
     groups = []
     for members in shapes.values():
         most = capacity(members[0], device)
@@ -58,11 +59,14 @@ def needed(recipe: Recipe, device: torch.device) -> int:
         nonlocal outputs
         outputs += output[0].numel()
 
+    # Only layers without layers in them: a container's output is that of its last one.
     for layer in network.modules():
         if not list(layer.children()):
             layer.register_forward_hook(count)
     classes = group.classes(network, inputs, recipe, device)
-    batch = max(recipe.batch_size, 2000)  # training or evaluation, whichever is larger
+    # Training or evaluation, whichever has more samples at once.
+    batch = max(recipe.batch_size, 2000)
+    # Numbers of samples of 8 bytes, and two shifts with each.
     drawn = BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
     # Weights, velocity, gradients and their copies; activations with gradients, and inputs.
     numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())

@@ -1,7 +1,9 @@
 """The networks of the paper and of the article, by name."""
 
 import functools
+import itertools
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 _registered: dict[str, Callable[..., nn.Module]] = {}
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     """Fully connected ReLU network: inputs -> widths -> classes, with dropout if any.
 
     Input (..., 1, 28, 28), output logits (..., classes). dropout: the probabilities of dropping
@@ -17,20 +19,15 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self,
-        widths: tuple[int, ...],
-        classes: int = 10,
-        inputs: int = 784,
-        dropout: tuple[float, float] = (0.0, 0.0),
+        self, widths: tuple[int, ...], classes: int = 10, dropout: tuple[float, float] = (0.0, 0.0)
     ) -> None:
-        super().__init__()
         layers: list[nn.Module] = [nn.Flatten(-3), *_dropout(dropout[0])]
-        for fan_in, width in zip((inputs, *widths), widths, strict=False):
+        sizes = 784, *widths
+        for fan_in, width in itertools.pairwise(sizes):
             layers += [nn.Linear(fan_in, width), nn.ReLU(), *_dropout(dropout[1])]
-        self.layers = nn.Sequential(*layers, nn.Linear((inputs, *widths)[-1], classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)  # type: ignore[no-any-return]
+        # Parts have names, which are in those of the weights, so in every stored run.
+        layers.append(nn.Linear(sizes[-1], classes))
+        super().__init__(OrderedDict(layers=nn.Sequential(*layers)))
 
 
 class _PlaneByPlane(nn.Module):
@@ -43,7 +40,7 @@ class _PlaneByPlane(nn.Module):
         return images.contiguous()
 
 
-class LeNet(nn.Module):
+class LeNet(nn.Sequential):
     """The article's teacher: two 5 x 5 convolutions (6, 16), then 120, 84, classes.
 
     Input (N, 1, 28, 28), output logits (N, classes). After LeCun et al. 1998, with ReLU and
@@ -51,23 +48,20 @@ class LeNet(nn.Module):
     """
 
     def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
-        self.classifier = nn.Sequential(
+        classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(256, 120), nn.ReLU(),
             nn.Linear(120, 84), nn.ReLU(),
             nn.Linear(84, classes),
         )  # fmt: skip
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images))  # type: ignore[no-any-return]
+        super().__init__(OrderedDict(features=features, classifier=classifier))
 
 
-class LeNetHalf(nn.Module):
+class LeNetHalf(nn.Sequential):
     """The article's student: one 5 x 5 convolution with 3 channels, then the logits.
 
     Input (N, 1, 28, 28), output logits (N, classes). relu_logits: end in a ReLU, as the article's
@@ -75,21 +69,18 @@ class LeNetHalf(nn.Module):
     """
 
     def __init__(self, classes: int = 10, relu_logits: bool = False) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 3, 5), _PlaneByPlane(), nn.ReLU(), nn.MaxPool2d(2)
-        )
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(432, classes))
+        features = nn.Sequential(nn.Conv2d(1, 3, 5), _PlaneByPlane(), nn.ReLU(), nn.MaxPool2d(2))
+        classifier = nn.Sequential(nn.Flatten(), nn.Linear(432, classes))
+        # Last in the classifier, so that both networks have weights of the same names.
         if relu_logits:
-            self.classifier.append(nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images))  # type: ignore[no-any-return]
+            classifier.append(nn.ReLU())
+        super().__init__(OrderedDict(features=features, classifier=classifier))
 
 
 _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "lenet-half": LeNetHalf,
+    # A name of its own, not an option: a recipe names a network and nothing else.
     "lenet-half-relu": functools.partial(LeNetHalf, relu_logits=True),
 }
 
@@ -109,6 +100,7 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     The network takes images as `data.to_input` makes them and returns logits. A name that is
     registered again stands for the new network. Raises ValueError for a built-in name.
     """
+    # Else a recipe of the book would mean one network here and another elsewhere.
     if name in _BUILT_IN or name.startswith("mlp-"):
         raise ValueError(f"model name {name!r} is built in: choose another name")
     _registered[name] = factory
@@ -135,7 +127,7 @@ def build(name: str, **options: object) -> nn.Module:
     hidden = widths(name)
     if hidden is not None:
         return MLP(hidden, **options)  # type: ignore[arg-type]
-    factory = _registered.get(name) or _BUILT_IN.get(name)
+    factory = (_BUILT_IN | _registered).get(name)
     if factory is None:
         raise ValueError(
             f"unknown model {name!r}: expected mlp-WxW (such as mlp-800x800), {', '.join(names())}"

@@ -1,7 +1,7 @@
 """Number formats: which of them a device computes in, and PyTorch's settings for them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,26 +25,28 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 @contextlib.contextmanager
 def settings(precision: str, device: torch.device) -> Iterator[None]:
     """PyTorch's settings and generators for one training; afterwards they are as before."""
-    before = torch.get_float32_matmul_precision()
     tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            # This context manager switches cuDNN off unless it is told enabled=True.
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, deterministic=True),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    matmul = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    with (
+        changed(*matmul, "high" if tf32 else "highest"),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        # This context manager switches cuDNN off unless it is told enabled=True.
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, deterministic=True),
+    ):
+        yield
+
+
+def default_dtype(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """PyTorch's default dtype, whatever a notebook has set, restored afterwards."""
+    return changed(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """PyTorch's default dtype, whatever a notebook has set, restored afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def changed(get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    """One of the process's settings at another value; afterwards it is as before."""
+    before = get()
+    put(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        put(before)

@@ -10,15 +10,17 @@ DECIDES_NOTHING = "it only shows how far a training is"
 
 
 def _is_quiet() -> bool:
+    # The bars of several processes would overwrite one another.
     return not sys.stderr.isatty() or multiprocessing.parent_process() is not None
 
 
 @contextlib.contextmanager
-def of_a_training(model: str, runs: int, epochs: float) -> Iterator[Callable[[Any], None]]:
+def of_a_training(model: str, runs: int) -> Iterator[Callable[[Any], None]]:
     """One bar for a group of runs; the function that it gives shows a `loop.State`."""
-    from tqdm import tqdm  # a bare machine trains without it
+    # Imported here, since `kdlib.fit` alone needs no bars.
+    from tqdm import tqdm
 
-    name = f"{model}, {runs} run{'s'[: runs > 1]} x {epochs:.3g} epochs"
+    name = f"{model}, {runs} run{'s'[: runs > 1]}"
     with tqdm(desc=name, unit="step", disable=_is_quiet(), leave=False) as bar:
 
         def show(state: Any) -> None:

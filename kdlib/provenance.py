@@ -35,7 +35,8 @@ def version() -> str:
 
 def processor() -> str:
     """The processor's name, as the system gives it."""
-    path = Path("/proc/cpuinfo")  # Linux; Python knows the name on other systems
+    # Linux has it in a file; on other systems Python knows it.
+    path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -2,11 +2,45 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self, get_type_hints
 
 from kdlib import check, data, files, loop, losses, models, precision
 
 DECIDES_NOTHING = "a recipe's fields are in the key of its run themselves"
+
+
+def _name(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError
+    return str(given)
+
+
+def _recipes(given: Any) -> tuple["Recipe", ...]:
+    teachers = (given,) if isinstance(given, Recipe) else given
+    if not isinstance(teachers, list | tuple) or not all(isinstance(t, Recipe) for t in teachers):
+        raise TypeError
+    return tuple(teachers)
+
+
+def _classes(given: Any) -> tuple[int, ...]:
+    # In one order and each once, since the order of the omitted classes decides nothing.
+    return tuple(sorted(set(check.each(check.whole(), "").read(given))))
+
+
+_MODEL = check.Rule("the name of a model", _name)
+# Looked up when a recipe is made, since datasets can be registered at any time.
+_DATASET = check.Rule(
+    "the name of a dataset that data.names() lists",
+    lambda given: check.one_of(*data.names()).read(given),
+)
+_TEACHERS = check.Rule("recipes", _recipes)
+_OMITTED = check.Rule("a tuple of class numbers", _classes)
+_CHANCE = check.number(0, 1, ends="[)")
+_CHANCES = check.each(_CHANCE, "two chances in [0, 1), of the input and of hidden units", 2)
+_BOUNDED = check.number(0, losses.HIGHEST_IN_FLOAT64, ends="(]")
+_WHY = "higher ones leave no digit of the divergence (its limit: logit_matching_loss)"
+_PRECISION = check.one_of(*precision.PRECISIONS)
+_TEMPERATURE = check.Rule(f"{_BOUNDED.expected}; {_WHY}", _BOUNDED.read)
 
 
 @dataclass(frozen=True)
@@ -32,27 +66,28 @@ class Recipe:
     field, its value and what was expected.
     """
 
-    model: str
-    dataset: str = "mnist"
-    epochs: float = 10
-    steps: int | None = None
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    schedule: str = "one-cycle"
-    dropout: tuple[float, float] = (0.0, 0.0)
-    max_norm: float | None = None
-    jitter: int = 0
-    fraction: float = 1.0
-    omit: tuple[int, ...] = ()
-    subset_seed: int = 0
-    validation: bool = False
-    teacher: tuple["Recipe", ...] = ()
-    temperature: float = 1.0
-    hard_weight: float = 1.0
-    precision: str = "fp32"
-    seed: int = 0
-    label_smoothing: float = 0.0
+    # Each field with its type, the rule that its values obey, and its default.
+    model: Annotated[str, _MODEL]
+    dataset: Annotated[str, _DATASET] = "mnist"
+    epochs: Annotated[float, check.POSITIVE] = 10
+    steps: Annotated[int | None, check.optional(check.COUNT)] = None
+    batch_size: Annotated[int, check.COUNT] = 128
+    learning_rate: Annotated[float, check.POSITIVE] = 0.1
+    momentum: Annotated[float, _CHANCE] = 0.9
+    schedule: Annotated[str, check.one_of(*loop.SCHEDULES)] = "one-cycle"
+    dropout: Annotated[tuple[float, float], _CHANCES] = (0.0, 0.0)
+    max_norm: Annotated[float | None, check.optional(check.POSITIVE)] = None
+    jitter: Annotated[int, check.whole(0, 27)] = 0
+    fraction: Annotated[float, check.number(0, 1, ends="(]")] = 1.0
+    omit: Annotated[tuple[int, ...], _OMITTED] = ()
+    subset_seed: Annotated[int, check.whole()] = 0
+    validation: Annotated[bool, check.boolean()] = False
+    teacher: Annotated[tuple["Recipe", ...], _TEACHERS] = ()
+    temperature: Annotated[float, _TEMPERATURE] = 1.0
+    hard_weight: Annotated[float, check.number(0, 1)] = 1.0
+    precision: Annotated[str, _PRECISION] = "fp32"
+    seed: Annotated[int, check.whole()] = 0
+    label_smoothing: Annotated[float, _CHANCE] = 0.0
 
     def __post_init__(self) -> None:
         for field, rule in _RULES.items():
@@ -62,20 +97,14 @@ class Recipe:
             # Raises an error that lists the names that exist.
             models.build(self.model)
         if any(self.dropout) and models.widths(self.model) is None:
-            raise ValueError(
-                f"dropout is {self.dropout} but model {self.model!r} has none: use an mlp model"
-            )
+            check.refuse("dropout", self.dropout, f"(0, 0), as model {self.model!r} has none")
         # Without a teacher the weight would have no effect, so another value is a slip.
         if not self.teacher and self.hard_weight != 1:
-            raise ValueError(
-                f"hard_weight is {self.hard_weight} but there is no teacher: "
-                "use recipe.distil(teacher, temperature=…, hard_weight=…)"
-            )
+            remedy = "1 without a teacher, or recipe.distil(teacher, temperature=…, hard_weight=…)"
+            check.refuse("hard_weight", self.hard_weight, remedy)
+        # Soft targets take the place of smoothed labels.
         if self.teacher and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing} but there is a teacher: its soft "
-                "targets take the place of smoothed labels; use 0"
-            )
+            check.refuse("label_smoothing", self.label_smoothing, "0 with a teacher")
 
     def replace(self, **changes: Any) -> Self:
         """The same recipe with some fields changed. Raises TypeError for an unknown field."""
@@ -94,8 +123,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON has them, for `from_dict`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields |= {"dropout": list(self.dropout), "omit": list(self.omit)}
+        fields = vars(self) | {"dropout": list(self.dropout), "omit": list(self.omit)}
         # A field that came later: recipes without it keep the keys that they had.
         if not self.label_smoothing:
             del fields["label_smoothing"]
@@ -108,53 +136,8 @@ class Recipe:
         return cls(**{**fields, "teacher": teachers})
 
 
-def _name(given: Any) -> str:
-    if not isinstance(given, str):
-        raise TypeError
-    return str(given)
-
-
-def _teachers(given: Any) -> tuple[Recipe, ...]:
-    teachers = (given,) if isinstance(given, Recipe) else given
-    if not isinstance(teachers, list | tuple) or not all(isinstance(t, Recipe) for t in teachers):
-        raise TypeError
-    return tuple(teachers)
-
-
-def _classes(given: Any) -> tuple[int, ...]:
-    # In one order and each once, since the order of the omitted classes decides nothing.
-    return tuple(sorted(set(check.each(check.whole(), "").read(given))))
-
-
-_CHANCE = check.number(0, 1, ends="[)")
-_TEMPERATURE = check.number(0, losses.HIGHEST_IN_FLOAT64, ends="(]")
-_WHY = "higher ones leave no digit of the divergence (its limit: logit_matching_loss)"
-_RULES = {
-    "model": check.Rule("the name of a model", _name),
-    # Looked up when a recipe is made, since datasets can be registered at any time.
-    "dataset": check.Rule(
-        "the name of a dataset that data.names() lists",
-        lambda given: check.one_of(*data.names()).read(given),
-    ),
-    "epochs": check.POSITIVE,
-    "steps": check.optional(check.COUNT),
-    "batch_size": check.COUNT,
-    "learning_rate": check.POSITIVE,
-    "momentum": _CHANCE,
-    "schedule": check.one_of(*loop.SCHEDULES),
-    "dropout": check.each(_CHANCE, "two chances in [0, 1), of the input and of hidden units", 2),
-    "max_norm": check.optional(check.POSITIVE),
-    "jitter": check.whole(0, 27),
-    "fraction": check.number(0, 1, ends="(]"),
-    "omit": check.Rule("a tuple of class numbers", _classes),
-    "subset_seed": check.whole(),
-    "validation": check.boolean(),
-    "teacher": check.Rule("recipes", _teachers),
-    "temperature": check.Rule(f"{_TEMPERATURE.expected}; {_WHY}", _TEMPERATURE.read),
-    "hard_weight": check.number(0, 1),
-    "precision": check.one_of(*precision.PRECISIONS),
-    "seed": check.whole(),
-    "label_smoothing": _CHANCE,
+_RULES: dict[str, check.Rule] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Recipe, include_extras=True).items()
 }
 
 

@@ -116,8 +116,9 @@ def train_all(
     """
     where = data.resolve_device(device)
     threads = check.value("threads", threads, check.COUNT)
+    # Where it is missing, nothing should be trained.
     if log_dir is not None:
-        tensorboard.writer()  # where it is missing, nothing is trained
+        tensorboard.writer()
     made: dict[Recipe, Run] = {}
     for level in levels(recipes):
         _Level(level, where, threads, made).make(stack, executor)
@@ -185,8 +186,9 @@ class _Level:
         except RuntimeError as error:
             if is_here and not isinstance(error, BrokenExecutor):
                 raise
-            failure = error  # the pool is broken or shut down, and takes no further work
-        with progress.of_groups(len(groups), count) as show:
+            # The pool is broken or shut down, and takes no further work.
+            failure = error
+        with progress.of_groups(sum(map(len, groups)), count) as show:
             for future in as_completed(waiting):
                 try:
                     results = future.result()
@@ -197,6 +199,7 @@ class _Level:
                     failure = failure or error
                     continue
                 for recipe, result in zip(waiting[future], results, strict=True):
+                    # A worker elsewhere cannot write into this store; one here has done so.
                     if isinstance(result, group.Trained):
                         with store.locked([self.names[recipe]]):
                             _keep(recipe, self.names[recipe], result)
@@ -232,6 +235,7 @@ def _cut(
     known = {name: recipe for recipe, name in names.items()}
     groups, rest = [], list(missing)
     for unfinished in store.unfinished() if missing else []:
+        # Whole or not at all: a checkpoint of three runs is of no use to two of them.
         members = [known[name] for name in unfinished if name in known]
         if len(members) == len(unfinished) and any(recipe in rest for recipe in members):
             groups.append(members)
@@ -264,8 +268,10 @@ def _train_here(job: _Job) -> list[bool]:
     """Train a group with checkpoints and store its runs; whether they were stored already."""
     device = torch.device(job.device)
     with store.locked(job.names):
+        # Another process may have made them while this one waited.
         if all(store.read(name) for name in job.names):
-            return [True] * len(job.names)  # another process made them while this one waited
+            return [True] * len(job.names)
+        # From the store, since the weights of teachers would be much to send for each student.
         teachers = (teacher for recipe in job.members for teacher in recipe.teacher)
         taught = {teacher: train(teacher, device, threads=job.threads) for teacher in teachers}
         saved = time.monotonic()
@@ -315,6 +321,7 @@ def _registered(members: list[Recipe]) -> list[tuple[Callable[..., None], str, b
 
 def _agree(job: _Job, device: torch.device) -> None:
     """RuntimeError unless this worker would train the runs of the caller's keys."""
+    # Most workers need no telling, and a pickled network may be one that they have already.
     for is_told in (False, True):
         reason: object = "their keys differ"
         try:
@@ -343,6 +350,7 @@ def _run(recipe: Recipe, found: Any, cached: bool, device: torch.device, threads
     """A run as the store has it."""
     record, weights = found
     own = {name: record[name] for name in ("metrics", "curves", "seconds", "provenance")}
+    # Shared by all `Run`s of the same weights, so that a teacher is evaluated once per process.
     own["_logits"] = _known_logits(record["weights"], device, threads)
     return Run(recipe, weights=weights, cached=cached, device=device, threads=threads, **own)
 

@@ -36,7 +36,8 @@ class Stack(nn.Module):
         place = {id(weight): at for at, weight in enumerate(networks[0].parameters())}
         every = networks[0].named_parameters(remove_duplicate=False)
         self._places = {name: place[id(weight)] for name, weight in every}
-        self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)  # a tuple: no submodule
+        # In a tuple, so that it is no submodule: its parameters are not the stack's.
+        self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)
 
     def _named(self) -> dict[str, Tensor]:
         return {name: self.weights[at] for name, at in self._places.items()}
@@ -48,6 +49,7 @@ class Stack(nn.Module):
         def one(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
             return functional_call(skeleton, weights, (batch,))  # type: ignore[no-any-return]
 
+        # "different": each run draws dropout of its own.
         every = torch.vmap(one, in_dims=(0, None if shared else 0), randomness="different")
         return every(self._named(), inputs)
 

@@ -9,6 +9,7 @@ DECIDES_NOTHING = "it writes what has been trained"
 
 def writer() -> Any:
     """TensorBoard's writer. Raises ModuleNotFoundError, with what to install."""
+    # No dependency of kdlib's: only those who read these curves in it need it.
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

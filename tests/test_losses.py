@@ -284,7 +284,7 @@ RUNS = random_logits(2, 6, 10), random_logits(2, 6, 10, seed=1)
 def test_a_tensor_with_a_temperature_that_is_not_positive_is_refused(bad: float) -> None:
     temperatures = torch.tensor([4.0, bad])
     for loss in (losses.soften, lambda z, t: losses.soft_loss(z, z, t)):
-        with pytest.raises(ValueError, match=r"temperature is \[4.0, .*\]: expected finite"):
+        with pytest.raises(ValueError, match=r"temperature is \[4.0, .*\]: expected a finite"):
             loss(RUNS[0], temperatures)
 
 
@@ -292,7 +292,7 @@ def test_a_tensor_with_a_temperature_that_is_not_positive_is_refused(bad: float)
 def test_a_tensor_with_a_hard_weight_outside_its_range_is_refused(bad: float) -> None:
     labels = torch.zeros(2, 6, dtype=torch.int64)
     weights = torch.tensor([0.5, bad])
-    with pytest.raises(ValueError, match=r"hard_weight is \[0.5, .*\]: expected numbers in"):
+    with pytest.raises(ValueError, match=r"hard_weight is \[0.5, .*\]: expected a number in"):
         losses.distillation_loss(*RUNS, labels, temperature=2.0, hard_weight=weights)
 
 

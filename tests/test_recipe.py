@@ -92,9 +92,9 @@ def test_a_model_that_there_is_not_is_refused() -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dropout is \(0.2, 0.5\) but model 'lenet' has none"):
+    with pytest.raises(ValueError, match=r"dropout is \(0.2, 0.5\): .* model 'lenet' has none"):
         Recipe("lenet", dropout=(0.2, 0.5))
-    with pytest.raises(ValueError, match=r"hard_weight is 0.5 but there is no teacher"):
+    with pytest.raises(ValueError, match=r"hard_weight is 0.5: .* without a teacher, or .*distil"):
         Recipe("lenet", hard_weight=0.5)
     with pytest.raises(ValueError, match=r"distil\(\) got no teacher"):
         Recipe("lenet").distil(temperature=4)
@@ -260,5 +260,5 @@ def test_smoothed_labels_are_a_field_that_leaves_other_recipes_their_keys() -> N
     smoothed = plain.replace(label_smoothing=0.1)
     assert smoothed.key != plain.key
     assert Recipe.from_dict(smoothed.as_dict()) == smoothed
-    with pytest.raises(ValueError, match=r"label_smoothing is 0.1 but there is a teacher"):
+    with pytest.raises(ValueError, match=r"label_smoothing is 0.1: expected 0 with a teacher"):
         smoothed.distil(plain, temperature=2)

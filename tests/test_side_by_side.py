@@ -179,7 +179,7 @@ def test_no_worker_outlives_the_process_that_asked() -> None:
         "import kdlib\nfrom kdlib import group, slots\n"
         "slots.cores = lambda: 2\n"
         "def train(*_):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, f'{os.getpid()}\\n'.encode())\n"
         "    time.sleep(60)\n"
         "group.train = train\n"
         "recipe = kdlib.Recipe('mlp-8', dataset='mnist-5k', steps=3)\n"
