@@ -122,7 +122,7 @@ def as_inputs(samples: Tensor, sample_dims: int, dtype: torch.dtype) -> Tensor:
     width). Integers, such as an embedding's, stay integers.
     """
     if samples.dtype == torch.uint8:
-        samples = to_input(samples, has_channels=sample_dims != 2)
+        samples = to_input(samples) if sample_dims == 2 else samples.float().div_(255)
     return samples.to(dtype) if samples.is_floating_point() else samples
 
 
