@@ -30,7 +30,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 SETUP = """\
-# Finds kdlib: installed, in the clone around this notebook, or in its repository.
+# Finds kdlib: installed, in a clone around this notebook, or online.
 import subprocess
 import sys
 from importlib.metadata import version
@@ -39,12 +39,13 @@ from pathlib import Path
 
 if not getattr(find_spec("kdlib"), "origin", None):
     folders = [Path.cwd(), *Path.cwd().parents]
-    clone = next((f for f in folders if (f / "kdlib/__init__.py").exists()), None)
-    if clone:
-        sys.path.insert(0, str(clone))
+    clones = [f for f in folders if (f / "kdlib/__init__.py").exists()]
+    if clones:
+        sys.path.insert(0, str(clones[0]))
     else:  # what is installed of torch stays as it is
         url = "git+{url}"
-        keep = [f"{n}=={version(n)}" for n in ("torch", "torchvision") if find_spec(n)]
+        torches = [n for n in ("torch", "torchvision") if find_spec(n)]
+        keep = [f"{name}=={version(name)}" for name in torches]
         pip = [sys.executable, "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, url, *keep], check=True)"""
 
