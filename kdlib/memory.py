@@ -50,8 +50,10 @@ def cut(
 def needed(recipe: Recipe, device: torch.device) -> int:
     """Bytes that one more run of a stack takes at most, its data left out."""
     network, samples = group.build(recipe), group.training(recipe, device)
-    weights = sum(weight.numel() for weight in network.parameters())
-    kind = next(network.parameters()).dtype
+    parameters = list(network.parameters())
+    if not parameters:
+        raise ValueError(f"the model {recipe.model!r} has no weights to train")
+    weights, kind = sum(weight.numel() for weight in parameters), parameters[0].dtype
     inputs = data.to_input(samples.images[:2].cpu()).to(kind)
     outputs = 0
 
