@@ -96,7 +96,8 @@ def test_profiles_name_every_chapter_and_fit_it(
 def test_the_whole_chain_runs_at_smoke(chain: Clone) -> None:
     assert chain.chapters == [path.stem for path in NOTEBOOKS]
     log = (chain.root / "run.log").read_text(encoding="utf-8").splitlines()
-    assert [line.split(":")[0] for line in log] == chain.chapters
+    # Chapters run side by side, and are named as they end.
+    assert sorted(line.split(":")[0] for line in log) == sorted(chain.chapters)
     for name in chain.chapters:
         about = chain.page(name).metadata["kdlib"]
         assert about["profile"] == "smoke"
