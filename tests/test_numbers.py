@@ -89,3 +89,16 @@ def test_a_number_is_filled_in_and_all_around_it_stays(old: str) -> None:
 def test_what_cannot_be_filled_is_named(text: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){expected}"):
         numbers.fill(text, HERE)
+
+
+def test_values_of_unlike_seeds_are_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(first: int) -> list[reference.Recorded]:
+        return [reference.value("test_errors", first + n, 60 + n, {}) for n in range(6)]
+
+    rows = {"one": row(0), "like": row(0), "unlike": row(1)}
+    monkeypatch.setattr(reference, "results", lambda *_: rows)
+    assert numbers.value("one - like/paired difference", HERE) == "0.0"
+    with pytest.raises(ValueError, match="expected equal seeds"):
+        numbers.value("one - unlike/paired difference", HERE)
+    with pytest.raises(ValueError, match="expected equal seeds"):
+        numbers.value("one - unlike/paired fewer", HERE)

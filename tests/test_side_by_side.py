@@ -156,9 +156,12 @@ def test_ctrl_c_stops_all_and_the_same_call_goes_on(monkeypatch: pytest.MonkeyPa
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background jobs ignore Ctrl-C, and so do their children unless told otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         kdlib.train_all(long, "cpu")
+    signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()
     assert len(store.unfinished()) == 2
     assert store.stored() == []

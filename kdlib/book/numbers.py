@@ -107,12 +107,13 @@ def _statistic(rows: dict[str, Any], names: list[str], metric: str, statistic: s
     if len(names) == 1:
         return OF_A_ROW[statistic](rows[names[0]], metric)
     one, other = (rows[name] for name in names)
+    # First, for it refuses rows that are no pairs.
+    kind = statistic.removeprefix("paired ")
+    found = compare(one, other, paired=kind != statistic, metric=metric)
     if statistic in OF_PAIRS:
         # Runs that diverged are nan, and so are their pairs' differences.
         return OF_PAIRS[statistic](np.subtract(_values(one, metric), _values(other, metric)))
-    kind = statistic.removeprefix("paired ")
-    paired = kind != statistic
-    return OF_A_DIFFERENCE[kind](compare(one, other, paired=paired, metric=metric))
+    return OF_A_DIFFERENCE[kind](found)
 
 
 def _values(row: Any, metric: str) -> list[float]:
