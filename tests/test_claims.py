@@ -42,8 +42,8 @@ def decide(tmp_path: Path, rows: dict[str, Any], *tests: str, paired: bool = Tru
         for i, test in enumerate(tests)
     }
     figure = {"paired": "declared" if paired else "", "claims": entries}
-    (tmp_path / "claims.yml").write_text(yaml.safe_dump({"c": {"f": figure}}), encoding="utf-8")
-    read = claims.read(tmp_path / "claims.yml")["c"]["f"]
+    (tmp_path / "c.yml").write_text(yaml.safe_dump({"f": figure}), encoding="utf-8")
+    read = claims.read(tmp_path)["c"]["f"]
     return list(claims.findings(read, rows).values())
 
 
@@ -76,8 +76,10 @@ def test_each_claim_has_one_place_in_its_chapter_and_the_table_ends_it(chapter: 
 
 
 def test_no_claim_is_lost_to_another_of_the_same_name() -> None:
-    text = (ROOT / "book/claims.yml").read_text(encoding="utf-8")
-    assert len(re.findall(r"^ +sentence:", text, re.MULTILINE)) == len(CLAIMS)
+    files = (ROOT / "book/claims").glob("*.yml")
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    written = sum(len(re.findall(r"^ +sentence:", text, re.MULTILINE)) for text in texts)
+    assert written == len(CLAIMS)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +98,10 @@ def test_a_claim_that_cannot_be_read_is_refused_by_name(
     tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     claim = {"sentence": "S.", "fewer": ["a", "b"], "verdict": "holds"} | change
-    place = tmp_path / "claims.yml"
-    place.write_text(yaml.safe_dump({"c": {"f": {"claims": {"mine": claim}}}}), encoding="utf-8")
+    text = yaml.safe_dump({"f": {"claims": {"mine": claim}}})
+    (tmp_path / "c.yml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"claim mine.*{named}"):
-        claims.read(place)
+        claims.read(tmp_path)
 
 
 LOW, HIGH = row(10, 11, 12, 13, 14, 15), row(20, 21, 23, 22, 25, 24)
@@ -187,8 +189,9 @@ def test_a_claim_about_what_a_chapter_measures_is_decided_for_this_run_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = {"sentence": "S.", "fewer": ["a | moved", "a"], "verdict": "holds"}
-    text = yaml.safe_dump({"c": {"f": {"paired": "p", "claims": {"k": claim}}}})
-    (tmp_path / "claims.yml").write_text(text, encoding="utf-8")
+    text = yaml.safe_dump({"f": {"paired": "p", "claims": {"k": claim}}})
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims/c.yml").write_text(text, encoding="utf-8")
     monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
     runs = [dataclasses.replace(one, recipe=Recipe("mlp-30x30", seed=one.seed)) for one in LOW]
     html = claims.table("c", {"a": runs}, {"a": {"moved": [5, 5, 6, 5, 6, 5]}}).data

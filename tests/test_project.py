@@ -485,7 +485,7 @@ def clone(tmp_path):
     for path in tracked_files():
         name = path.relative_to(ROOT)
         needed = name.parts[0] in ("kdlib", "pyproject.toml", "README.md", "LICENSE")
-        if needed or name.parts[:2] in (("book", "reference"), ("book", "claims.yml")):
+        if needed or name.parts[:2] in (("book", "reference"), ("book", "claims")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(path.read_bytes())
     git("init", "-q", cwd=root)

@@ -59,15 +59,17 @@ class Finding:
     shown: str
 
 
-def read(path: Path | None = None) -> dict[str, dict[str, Figure]]:
-    """chapter -> figure -> claims, from book/claims.yml or another file like it.
+def read(folder: Path | None = None) -> dict[str, dict[str, Figure]]:
+    """chapter -> figure -> claims, from the files in book/claims or another folder like it.
 
     Raises ValueError, which names the claim, for a key or a value that is not known.
     """
     import yaml  # comes with the book, not with the library
 
-    place = path or reference.folder().parent / "claims.yml"
-    chapters: dict[str, dict[str, Any]] = yaml.safe_load(place.read_text(encoding="utf-8"))
+    files = sorted((folder or reference.folder().parent / "claims").glob("*.yml"))
+    chapters: dict[str, dict[str, Any]] = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files
+    }
     for figures in chapters.values():
         for name, figure in figures.items():
             claims = {key: _claim(f"claim {key}", entry) for key, entry in figure["claims"].items()}
