@@ -310,7 +310,7 @@ def test_the_books_page_is_what_the_records_say(tmp_path):
     for device in report.ORDERED:
         assert (tmp_path / f"{device}.md").read_text() == (
             report.PAGES / f"{device}.md"
-        ).read_text(), "`python -m benchmarks --render` makes the page anew"
+        ).read_text(), "`python -m benchmarks --render` renders the page again"
         assert (tmp_path / f"{device}.svg").is_file() == (report.PAGES / f"{device}.svg").is_file()
 
 
