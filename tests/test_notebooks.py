@@ -6,6 +6,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,65 @@ def test_cells_and_lines_are_short(path: Path) -> None:
 def test_the_books_cells_are_short_in_the_middle() -> None:
     cells = [cell.source.splitlines() for path in NOTEBOOKS for cell in code(read(path))]
     assert statistics.median(sum(map(bool, lines)) for lines in cells) <= MEDIAN_CELL
+
+
+# Chapters in the form that design and CONTRIBUTING describe: those that list their claims.
+REWRITTEN = [path for path in NOTEBOOKS if (ROOT / f"book/claims/{path.stem}.yml").exists()]
+rewritten = pytest.mark.parametrize("path", REWRITTEN, ids=lambda path: path.stem)
+
+
+def hidden(cell: Any) -> str:
+    """How a page shows a code cell: "remove" it, "hide" it in a fold, or "" as it is."""
+    tags = {tag.split("-")[0] for tag in cell.metadata.get("tags", [])}
+    return next((kind for kind in ("remove", "hide") if kind in tags), "")
+
+
+def names(cell: Any, *contexts: type[ast.expr_context]) -> set[str]:
+    tree = ast.walk(ast.parse(cell.source))
+    return {n.id for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, contexts)}
+
+
+@rewritten
+def test_what_a_page_uses_is_visible_on_it(path: Path) -> None:
+    cells = code(read(path))
+    removed = {n for c in cells if hidden(c) == "remove" for n in names(c, ast.Store)}
+    visible = {n for c in cells if hidden(c) != "remove" for n in names(c, ast.Store)}
+    used = {n for c in cells if hidden(c) != "remove" for n in names(c, ast.Load)}
+    assert used & removed - visible == set()
+    lines = Counter({"remove": 0, "hide": 0})
+    for cell in cells:
+        lines[hidden(cell)] += len(cell.source.splitlines())
+    assert lines["remove"] < 0.08 * lines.total()
+    assert lines["hide"] < 0.35 * lines.total()
+
+
+@rewritten
+def test_a_name_of_a_page_means_one_thing(path: Path) -> None:
+    """Names assigned at the top level of two cells; figures and their axes are drawn again."""
+    assigned = Counter(
+        name
+        for cell in code(read(path))
+        for name in {
+            target.id
+            for line in ast.parse(cell.source).body
+            if isinstance(line, ast.Assign)
+            for part in line.targets
+            for target in ast.walk(part)
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+        }
+    )
+    again = {"figure", "axis", "axes", "_"}
+    checked = set(papermill.inspect_notebook(str(path)))  # a list may come as text
+    assert {n for n, count in assigned.items() if count > 1} - again - checked == set()
+
+
+@rewritten
+def test_people_write_the_sentences_of_a_page(path: Path) -> None:
+    notebook = read(path)
+    assert [c.id for c in code(notebook) if "Markdown(" in c.source] == []
+    assert [
+        c.id for c in notebook.cells if c.cell_type == "markdown" and "{glue:" in c.source
+    ] == []
 
 
 @pytest.mark.parametrize("profile", ["smoke", "full"])
