@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ExtensionError
 
-from kdlib.book import chapters, claims
+from kdlib.book import chapters, claims, demo
 from kdlib.book.execute import clean
 
 NOT_RUN = (
@@ -46,6 +46,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", _configure)
     app.connect("source-read", _read)
     app.connect("html-page-context", _mend)
+    app.connect("build-finished", _write_networks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -156,6 +157,13 @@ def _mend(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: 
     if "body" in context:
         fault = '<div role="list" class="citation-list">'
         context["body"] = context["body"].replace(fault, '<div class="citation-list">')
+
+
+def _write_networks(app: Sphinx, error: Exception | None) -> None:
+    """Give the page on which a reader draws a digit its networks."""
+    if error is None and app.builder.format == "html":
+        place = Path(app.outdir) / "_static/draw-weights.js"
+        place.write_text(demo.script(), encoding="utf-8")
 
 
 def repository(top: Path) -> str:
