@@ -181,8 +181,9 @@
     const shared = (a) => percent(soft.teacher.reduce((sum, p, digit) => sum + Math.min(p, a[digit]), 0));
     find(".kd-agreement").textContent =
       `Probability shared with the teacher at T = ${name}: ` +
-      `${shared(soft.distilled)} for the distilled student, ${shared(soft.plain)} for the plain one.`;
-    status.textContent = `${said.join("; ")}. Computed in ${last.toFixed(1)} ms.`;
+      `${shared(soft.distilled)} for the distilled student, ${shared(soft.plain)} for the plain one. ` +
+      `All three networks took ${last.toFixed(1)} ms.`;
+    status.textContent = `${said.join("; ")}.`;
   }
 
   async function evaluate(image) {
