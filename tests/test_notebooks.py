@@ -19,7 +19,7 @@ from kdlib.book import chapters as book
 
 NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]*.ipynb"))
 COMMON = {"profile": "quick", "dataset": "mnist", "device": "auto", "seed": 0}
-LONGEST_CELL, MEDIAN_CELL, LONGEST_LINE = 25, 7, 88
+LONGEST_CELL, MEDIAN_CELL, LONGEST_LINE = 25, 8, 76
 GLUED = re.compile(r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`")
 
 chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
