@@ -168,6 +168,19 @@ def test_a_plain_value_is_recorded_beside_runs(store: Path) -> None:
     assert "of which 1 trainings" in reference.describe(CHAPTER)
 
 
+def test_rows_of_an_earlier_record_can_be_kept_with_new_ones(store: Path) -> None:
+    keep("full", {"plain": kdlib.train_all([PLAIN], device="cpu")})
+    reference.record(CHAPTER, commit="c0ffee" * 4)
+    earlier = reference.results(CHAPTER)
+    assert earlier is not None
+    keep("full", earlier | {"again": kdlib.train_all([PLAIN], device="cpu")})
+    reference.record(CHAPTER, commit="decaf" * 4)
+    recorded = reference.results(CHAPTER)
+    assert recorded is not None
+    assert recorded["plain"] == earlier["plain"]
+    assert recorded["again"][0].recipe == PLAIN
+
+
 def test_a_store_that_cannot_be_written_stops_no_chapter(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

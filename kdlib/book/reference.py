@@ -115,7 +115,8 @@ def keep(
 
 def _line(result: Run | Recorded) -> dict[str, Any]:
     if isinstance(result, Recorded):
-        return dict(vars(result))
+        # Rows of an earlier record may be kept with new ones, recipes and provenance and all.
+        return vars(result) | {"recipe": result.recipe and result.recipe.as_dict()}
     line: dict[str, Any] = {"recipe": result.recipe.as_dict(), "metrics": result.metrics}
     line |= {"seconds": result.seconds, "provenance": result.provenance}
     # A run that diverged may get all of them wrong, and such a list tells nothing.
