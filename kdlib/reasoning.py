@@ -6,7 +6,7 @@ copies each operation and writes the remainder so far: `+2 5 ×4 6 # 6 .`.
 
 The file reads from top to bottom: the language and its checker, the network, sampling, and four
 ways to train: on text, on the outcome alone, on a teacher's probabilities, on one's own samples.
-DeepSeek-AI 2025 is the model of it all; introduced in chapter 9.
+It follows DeepSeek-AI 2025. The chapter that uses it is in `drafts/`.
 """
 
 import math

@@ -362,7 +362,7 @@ def test_jupyter_book_alone_builds_an_empty_clone_then_what_has_been_executed(
 def test_every_page_says_that_the_sample_stands_for_mnist(bare: Clone) -> None:
     for name in pages(bare.html):
         if name != "index.html":
-            assert "MNIST could not be had" in (bare.html / name).read_text(encoding="utf-8"), name
+            assert "MNIST was not available" in (bare.html / name).read_text(encoding="utf-8"), name
 
 
 def test_launch_buttons_lead_to_the_clean_source_of_a_real_home(bare: Clone, site: Clone) -> None:

@@ -21,17 +21,17 @@ from kdlib.book import chapters, claims, demo
 from kdlib.book.execute import clean
 
 NOT_RUN = (
-    "This chapter has not been executed here: its code stands without results. "
+    "This chapter has not been executed here, so its code is shown without results. "
     '`make book CHAPTERS="{chapter}"` executes it.'
 )
 NO_FIGURE = '*Not executed here: `make book CHAPTERS="{chapter}"` draws this figure.*'
 ON_SAMPLE = (
-    f"MNIST could not be had when this was made: its figures are from {chapters.FALLBACK}, "
-    "a sample of 5,000 digits, and are not those of the paper's data."
+    f"MNIST was not available when this page was made: its own results are from "
+    f"{chapters.FALLBACK}, a sample of 5,000 digits. The reference runs used all of MNIST."
 )
 SMOKE = (
-    "This was made at the smoke profile: few digits and very short trainings, to see that the "
-    "code runs. Its figures mean little."
+    "This page was made with the smoke profile: few digits and very short training runs, which "
+    "only check that the code works. Its own results mean little."
 )
 _MADE = re.compile(r"<!-- (parameters|claims) -->.*?<!-- /\1 -->", re.DOTALL)
 _GLUED = re.compile(r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`")
