@@ -6,7 +6,7 @@ copies each operation and writes the remainder so far: `+2 5 ×4 6 # 6 .`.
 
 The file reads from top to bottom: the language and its checker, the network, sampling, and four
 ways to train: on text, on the outcome alone, on a teacher's probabilities, on one's own samples.
-It follows DeepSeek-AI 2025. The chapter that uses it is in `drafts/`.
+It follows DeepSeek-AI 2025. Chapter 9 uses it.
 """
 
 import math

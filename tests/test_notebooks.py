@@ -20,7 +20,6 @@ from kdlib.book import chapters as book
 NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]*.ipynb"))
 COMMON = {"profile": "quick", "dataset": "mnist", "device": "auto", "seed": 0}
 LONGEST_CELL, MEDIAN_CELL, LONGEST_LINE = 25, 8, 76
-GLUED = re.compile(r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`")
 
 chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -195,27 +194,6 @@ def test_every_picture_has_a_text_and_a_caption(path: Path, chain: Clone) -> Non
             assert about.get("image", {}).get("alt"), f"{cell.id} has no text for its picture"
             assert about.get("figure", {}).get("caption"), f"{cell.id} has no caption"
     assert pictures > 0
-
-
-@pytest.mark.chain
-def test_every_figure_that_a_text_names_is_glued_by_its_chapter(chain: Clone) -> None:
-    glued: dict[str, set[str]] = {}
-    texts: dict[str, list[str]] = {}
-    for name in chain.chapters:
-        page = chain.page(name)
-        outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
-        keys = [output.get("metadata", {}).get("scrapbook", {}).get("name") for output in outputs]
-        glued[f"{name}.ipynb"] = {key for key in keys if key}
-        texts[f"{name}.ipynb"] = [c.source for c in page.cells if c.cell_type == "markdown"]
-    for path in (ROOT / "book").glob("*.md"):
-        texts[path.name] = [path.read_text(encoding="utf-8")]
-    named = [
-        (page, *match) for page, parts in texts.items() for match in GLUED.findall("".join(parts))
-    ]
-    prefix = "application/papermill.record/"
-    known = {page: {key.removeprefix(prefix) for key in keys} for page, keys in glued.items()}
-    missing = [(p, of, key) for p, of, key in named if key not in known.get(of or p, set())]
-    assert missing == []
 
 
 @pytest.mark.chain

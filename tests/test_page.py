@@ -27,7 +27,6 @@ def version(name):
 importlib.metadata.version = version
 from kdlib.book import page, plots, reference
 plots.use()
-page.glue("name", 1.5)
 page.check_parameters(profile="quick", dataset="mnist-5k", device="cpu", seed=0)
 reference.results("07_mnist_reproduction")["teacher"]
 print(page.colophon("quick", "mnist-5k", "cpu").data)

@@ -1,4 +1,4 @@
-"""What a chapter needs of its page: checked parameters, values for the text, a colophon.
+"""What a chapter needs of its page: checked parameters, a colophon.
 
 Importing it needs nothing of what renders the book, so that chapters run on Colab too.
 """
@@ -7,7 +7,6 @@ import ast
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,6 @@ from kdlib.provenance import processor, version
 
 PROFILES = ("smoke", "quick", "full")
 Values = Mapping[str, Any]
-
-
-def glue(name: str, value: Any) -> None:
-    """Keep a value under a name, for `{glue:text}` in the text of this or another page.
-
-    Does nothing where myst-nb is not installed, such as on Colab.
-    """
-    if find_spec("myst_nb") is not None:
-        from myst_nb import glue as keep
-
-        # A page formats Python's numbers; of a tensor or an array it would show the text.
-        plain = value.item() if hasattr(value, "item") else value
-        keep(name, plain, display=False)
 
 
 def check_parameters(

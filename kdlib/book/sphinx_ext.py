@@ -34,8 +34,6 @@ SMOKE = (
     "only check that the code works. Its own results mean little."
 )
 _MADE = re.compile(r"<!-- (parameters|claims) -->.*?<!-- /\1 -->", re.DOTALL)
-_GLUED = re.compile(r"\{glue:[a-z:]*\}`(?:([^`]+)::)?([^`:]+)(?::[^`]*)?`")
-_RECORD = "application/papermill.record/"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -61,7 +59,6 @@ def _configure(app: Sphinx, config: Config) -> None:
             "chapters": chapters.chapters(),
             "pages": {name: [str(page), page.stat().st_mtime_ns] for name, page in ran.items()},
             "notes": notes,
-            "glued": {f"{name}.ipynb": sorted(_keys(page)) for name, page in ran.items()},
             "made": {"parameters": _parameters(), "claims": claims.page()},
         }
     # Jupyter Book's only_build_toc_files takes the clone's path for a pattern, and finds
@@ -83,16 +80,12 @@ def _read(app: Sphinx, document: str, source: list[str]) -> None:
     """Put in place of a document's text the one that the page is made from."""
     book, chapter = app.config.kdlib_book, document.removeprefix("book/")
     if chapter not in book["chapters"]:
-        text = _MADE.sub(lambda match: book["made"][match[1]], source[0])
-        source[0] = _without_gaps(text, "", book["glued"])
+        source[0] = _MADE.sub(lambda match: book["made"][match[1]], source[0])
         return
     try:
         notebook = _notebook(chapter, source[0], book)
     except chapters.BookError as error:
         raise ExtensionError(f"{chapter}: {error}") from error
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell["source"] = _without_gaps(cell.source, f"{chapter}.ipynb", book["glued"])
     source[0] = nbformat.writes(notebook)  # type: ignore[no-untyped-call]
 
 
@@ -120,24 +113,6 @@ def _notes(about: dict[str, Any]) -> list[str]:
     """What a reader must know of how a page was made, before reading its figures."""
     smoke, sample = about.get("profile") == "smoke", about.get("fallback")
     return [SMOKE] * smoke + [ON_SAMPLE] * bool(sample)
-
-
-def _keys(page: Path) -> set[str]:
-    """The names under which an executed page has glued values."""
-    cells = chapters.read_notebook(page).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    names = {o.get("metadata", {}).get("scrapbook", {}).get("name") or "" for o in outputs}
-    return {name.removeprefix(_RECORD) for name in names}
-
-
-def _without_gaps(text: str, page: str, glued: dict[str, list[str]]) -> str:
-    """The text with a dash where it names a value that no executed page has."""
-
-    # myst-nb warns of such a value, and a warning is a failure.
-    def value(match: re.Match[str]) -> str:
-        return match[0] if match[2] in glued.get(match[1] or page, []) else "–"
-
-    return _GLUED.sub(value, text)
 
 
 def _parameters() -> str:
