@@ -141,33 +141,37 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
     other starts. Raises BookError that names each that failed, its cell and the error.
     """
     waiting, failed = list(jobs), list[str]()
-    running: dict[subprocess.Popen[bytes], Job] = {}
+    running: dict[subprocess.Popen[bytes], tuple[Job, str]] = {}
     with workplace(many) as place:
         while running or (waiting and not failed):
             if waiting and not failed and len(running) < many:
                 job = waiting.pop(0)
-                if not force and made(job.page).get("digest") == _digest(job):
+                # Taken now: whoever edits a chapter while it runs gets a page of the old text.
+                digest = _digest(job)
+                if not force and made(job.page).get("digest") == digest:
                     # The page asked for last is the one that is published.
                     os.utime(job.page)
                     tell(f"{job.chapter}: up to date")
                 else:
-                    running[place.papermill(job, job.source)] = job
+                    running[place.papermill(job, job.source)] = job, digest
                 continue
             # Nothing waits for the first of several processes on every system: look now and then.
             time.sleep(0.05)
             for process in [process for process in running if process.poll() is not None]:
-                job = running.pop(process)
+                job, digest = running.pop(process)
                 try:
-                    tell(f"{job.chapter}: {_publish(job, place.output(job), process):.0f} s")
+                    seconds = _publish(job, digest, place.output(job), process)
+                    tell(f"{job.chapter}: {seconds:.0f} s")
                 except BookError as error:
                     failed.append(str(error))
     if failed:
         raise BookError("\n".join(failed))
 
 
-def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
+def _publish(job: Job, digest: str, output: Path, process: subprocess.Popen[bytes]) -> float:
     """Put a finished page in place of the chapter's last one; the seconds that it took.
 
+    digest: of what the page was made from, taken before it ran.
     Raises BookError for a page that is not whole; the notebook as it failed is kept.
     """
     fault = _fault(job, output, process)
@@ -184,7 +188,7 @@ def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
         "dataset": job.dataset,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "digest": _digest(job),
+        "digest": digest,
     }
     # The last page stays until the new one is complete.
     write_notebook(clean(notebook), output)
