@@ -5,9 +5,12 @@ import statistics
 import pytest
 import scipy.stats
 
+from kdlib import Recipe
 from kdlib.book import numbers, reference
 
 ROWS = {"big": [60, 70, 77, 64, 69, 71], "small one": [75, 78, 90, 74, 81, 70], "lost": [9, 11]}
+# Closes the whole gap in half of the pairs and nothing in the others.
+ROWS["middling"] = [*ROWS["big"][:3], *ROWS["small one"][3:]]
 HERE = "07a_a_chapter"
 
 
@@ -58,6 +61,11 @@ def difference(paired: bool) -> tuple[float, float, float]:
         ("big - small one/paired difference", f"−{difference(True)[0]:.1f}"),
         ("small one - big/paired more", "5"),
         ("small one - big/paired fewer", "1"),
+        ("lost/diverged", "1"),
+        ("small one ÷ big/mean:.3f", f"{78 / 68.5:.3f}"),
+        ("small one ÷ big/share/median:.2f", f"{76.5 / 69.5:.2f}"),
+        ("big ÷ small one/fewer:.0%", "12%"),
+        ("middling - small one - big/paired share:.0%", "50%"),
     ],
 )  # fmt: skip
 def test_a_name_stands_for_a_recorded_number(name: str, expected: str) -> None:
@@ -82,6 +90,8 @@ def test_a_number_is_filled_in_and_all_around_it_stays(old: str) -> None:
         ("1<!-- ref: big/average -->", "'average' is not known.*a statistic of: mean, sd"),
         ("1<!-- ref: big/errs/mean -->", "'errs' is not known"),
         ("1<!-- ref: big - small one/more -->", "'more' is not known.*paired more"),
+        ("1<!-- ref: big ÷ small one/sd -->", "'sd' is not known.*a statistic of: mean, median"),
+        ("1<!-- ref: big - small one - big/mean -->", "'mean' is not known.*: paired share$"),
         ("1<!-- ref: 01_why/big/mean -->", "nothing is recorded of '01_why'"),
         ("1<!-- ref: mean -->", "expected .chapter/.row"),
     ],
@@ -102,3 +112,14 @@ def test_values_of_unlike_seeds_are_no_pairs(monkeypatch: pytest.MonkeyPatch) ->
         numbers.value("one - unlike/paired difference", HERE)
     with pytest.raises(ValueError, match="expected equal seeds"):
         numbers.value("one - unlike/paired fewer", HERE)
+    with pytest.raises(ValueError, match="expected equal seeds"):
+        numbers.value("one - like - unlike/paired share", HERE)
+
+
+def test_a_recipes_numbers_are_named_like_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe("lenet", learning_rate=0.05)
+    run = reference.Recorded(recipe, {"status": "ok", "test_errors": 60}, 0, {})
+    monkeypatch.setattr(reference, "results", lambda *_: {"slow": [run, run]})
+    assert numbers.value("slow/learning_rate/mean:g", HERE) == "0.05"
+    with pytest.raises(ValueError, match="'model' is not known"):
+        numbers.value("slow/model/mean", HERE)

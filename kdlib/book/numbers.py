@@ -7,9 +7,15 @@ No renderer shows the comment. A program fills the number, a test compares it:
     It beats its student by 10.1<!-- ref: distilled student - teacher/paired difference -->.
 
 The name has up to four parts: [chapter[@profile]/]row[/metric]/statistic[:format]. In a
-chapter, its own record is meant; the metric is test_errors; a row may be "one - another".
+chapter, its own record is meant; the metric is test_errors, or another metric of the row's
+runs, or a number in their recipes, such as learning_rate. A row may also be
+
+    one - another           the difference of two rows
+    one ÷ another           the ratio of two rows
+    one - another - third   the share of the gap from another to third that one closes
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -35,6 +41,7 @@ OF_A_ROW: dict[str, Statistic] = {
     "mean": lambda row, metric: spread(row, metric).mean,
     "sd": lambda row, metric: spread(row, metric).deviation,
     "count": lambda row, metric: spread(row, metric).count,
+    "diverged": lambda row, _: sum(run.metrics["status"] != "ok" for run in row),
     "spread": spread,
     "min": lambda row, metric: float(np.nanmin(_values(row, metric))),
     "median": lambda row, metric: float(np.nanmedian(_values(row, metric))),
@@ -52,6 +59,16 @@ OF_PAIRS: dict[str, Statistic] = {
     "paired sd": lambda differences: float(np.nanstd(differences, ddof=1)),
     "paired fewer": lambda differences: int((differences < 0).sum()),
     "paired more": lambda differences: int((differences > 0).sum()),
+}
+# Of the first row's number over the second row's.
+OF_A_RATIO: dict[str, Statistic] = {
+    "mean": lambda *rows: _ratio("mean", *rows),
+    "median": lambda *rows: _ratio("median", *rows),
+    "fewer": lambda *rows: 1 - _ratio("mean", *rows),
+}
+# Of three rows' runs, seed by seed, as a claim's "share" is (kdlib/book/claims.py).
+OF_A_GAP: dict[str, Statistic] = {
+    "paired share": lambda closed, gap: float(np.nanmean(np.divide(closed, gap))),
 }
 
 
@@ -83,16 +100,14 @@ def value(name: str, chapter: str = "") -> str:
     row, metric = (*parts, "test_errors")[:2] if parts else ("", "")
     statistic, _, form = statistic.partition(":")
     try:
-        found = _statistic(_rows(chapter), row.split(" - "), metric, statistic)
+        found = _statistic(_rows(chapter), row, metric, statistic)
     except KeyError as error:
-        paired = [f"paired {kind}" for kind in OF_A_DIFFERENCE]
-        kinds = [*OF_A_DIFFERENCE, *paired, *OF_PAIRS] if " - " in row else OF_A_ROW
         check.refuse(
             f"{error} is not known: the number's name",
             name,
             "[chapter/]row[/metric]/statistic\nwith a row of: "
             + ("; ".join(_rows(chapter)) or f"nothing, for nothing is recorded of {chapter!r}")
-            + f"\nand a statistic of: {', '.join(kinds)}",
+            + f"\nand a statistic of: {', '.join(_kinds(row))}",
         )
     if not isinstance(found, int | float):
         return str(found)
@@ -102,18 +117,41 @@ def value(name: str, chapter: str = "") -> str:
     return format(found, form or default).replace("-", "−")
 
 
-def _statistic(rows: dict[str, Any], names: list[str], metric: str, statistic: str) -> Any:
+def _statistic(rows: dict[str, Any], row: str, metric: str, statistic: str) -> Any:
     """Raises KeyError for what is not recorded or not known."""
-    if len(names) == 1:
-        return OF_A_ROW[statistic](rows[names[0]], metric)
-    one, other = (rows[name] for name in names)
-    # First, for it refuses rows that are no pairs.
-    kind = statistic.removeprefix("paired ")
-    found = compare(one, other, paired=kind != statistic, metric=metric)
+    if " ÷ " in row:
+        return OF_A_RATIO[statistic](*(rows[name] for name in row.split(" ÷ ")), metric)
+    named = [rows[name] for name in row.split(" - ")]
+    if len(named) == 1:
+        return OF_A_ROW[statistic](*named, metric)
+    if len(named) == 3:
+        one, start, end = named
+        closed, gap = _differences(start, one, metric), _differences(start, end, metric)
+        return OF_A_GAP[statistic](closed, gap)
+    one, other = named
     if statistic in OF_PAIRS:
-        # Runs that diverged are nan, and so are their pairs' differences.
-        return OF_PAIRS[statistic](np.subtract(_values(one, metric), _values(other, metric)))
-    return OF_A_DIFFERENCE[kind](found)
+        return OF_PAIRS[statistic](_differences(one, other, metric))
+    kind = statistic.removeprefix("paired ")
+    return OF_A_DIFFERENCE[kind](compare(one, other, paired=kind != statistic, metric=metric))
+
+
+def _kinds(row: str) -> list[str]:
+    """The statistics that are known of such a row."""
+    if " ÷ " in row:
+        return list(OF_A_RATIO)
+    paired = [f"paired {kind}" for kind in OF_A_DIFFERENCE]
+    by_rows = {1: OF_A_ROW, 2: [*OF_A_DIFFERENCE, *paired, *OF_PAIRS], 3: OF_A_GAP}
+    return list(by_rows.get(len(row.split(" - ")), ()))
+
+
+def _ratio(statistic: str, one: Any, other: Any, metric: str) -> float:
+    return float(OF_A_ROW[statistic](one, metric) / OF_A_ROW[statistic](other, metric))
+
+
+def _differences(one: Any, other: Any, metric: str) -> Any:
+    """Of the runs, seed by seed; nan where either diverged."""
+    compare(one, other, paired=True, metric=metric)  # refuses rows that are no pairs
+    return np.subtract(_values(one, metric), _values(other, metric))
 
 
 def _values(row: Any, metric: str) -> list[float]:
@@ -127,4 +165,16 @@ def _values(row: Any, metric: str) -> list[float]:
 def _rows(chapter: str) -> dict[str, list[reference.Recorded]]:
     """A chapter's recorded results; chapter@profile: those of another profile than full."""
     name, _, profile = chapter.partition("@")
-    return reference.results(name, profile or "full") or {}
+    rows = reference.results(name, profile or "full") or {}
+    return {key: [_with_settings(run) for run in row] for key, row in rows.items()}
+
+
+def _with_settings(run: reference.Recorded) -> reference.Recorded:
+    """The run with its recipe's numbers among its metrics."""
+    if run.recipe is None:
+        return run
+    settings = {
+        field.name: getattr(run.recipe, field.name) for field in dataclasses.fields(run.recipe)
+    }
+    kept = {name: each for name, each in settings.items() if isinstance(each, int | float)}
+    return dataclasses.replace(run, metrics=kept | run.metrics)
