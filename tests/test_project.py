@@ -36,7 +36,7 @@ def load_tool(name):
     return module
 
 
-normalise, fill, classic = map(load_tool, ("normalise", "fill", "classic"))
+normalise, fill, classic, beyond = map(load_tool, ("normalise", "fill", "classic", "beyond"))
 
 
 # --- what the files say of each other ----------------------------------------------------
@@ -168,6 +168,26 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     classic.main([*few, "--commit", "c0ffee"])
     again = reference.results(classic.CHAPTER, "classic")["teacher"]
     assert [run.seconds for run in again] == seconds
+
+
+def test_each_candidate_changes_what_it_names(tmp_path, monkeypatch, capsys):
+    known = beyond.pair("as recorded", 3)
+    assert known["teacher"] == beyond.PAPER["modern"]["teacher"].replace(seed=3)
+    for name, changed in beyond.CANDIDATES.items():
+        networks = beyond.pair(name, 3)
+        assert networks["distilled"].teacher == (networks["teacher"],)
+        for network, settings in changed.items():
+            got = networks[network].as_dict()
+            assert got | settings == got != known[network].as_dict()
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
+    short = ["--length", "0.001", "--dataset", "mnist-5k", "--seeds", "2"]
+    beyond.main(["try", "--only", "fp32", *short])
+    assert capsys.readouterr().out.startswith("student: fp32 ")
+    beyond.main(["record", "student: fp32", "--commit", "c0ffee", *short])
+    rows = reference.results(beyond.CHAPTER, beyond.PROFILE)
+    assert {len(row) for row in rows.values()} == {2}
+    assert {run.recipe.validation for row in rows.values() for run in row} == {False}
 
 
 def test_links_between_the_projects_files_lead_somewhere():
