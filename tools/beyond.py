@@ -3,11 +3,11 @@
     python tools/beyond.py try [--seeds 4] [--length 1.0] [--only PART]
     python tools/beyond.py record NAME [--seeds 30]
 
-Each is a change of the modern recipe (`kdlib/paper.py`). `try` trains them on five sixths of the training digits
-and prints validation errors; the test digits are not looked at. `record` trains one of them on
-all digits, seed by seed, and records it beside the reference run. Every finished training is in
-the store, so an interrupted command goes on when it is given again. --length shortens all of
-them, for a test.
+Each is a change of the modern recipe (`kdlib/paper.py`). `try` trains them on five sixths of the
+training digits and prints validation errors; the test digits are not looked at. `record` trains
+one of them on all digits, seed by seed, and records it beside the reference run. Every finished
+training is in the store, so an interrupted command goes on when it is given again. --length
+shortens all of them, for a test.
 """
 
 import argparse
