@@ -8,6 +8,7 @@ examples:
   kdlib build                                      the site, from what has been executed
   kdlib data mnist --fetch                         download MNIST and check it
   kdlib runs --prune                               remove all trained networks
+  kdlib export mnist-plain-student out.onnx        a network as a file for other programs
 
 folders: KDLIB_HOME holds the runs and the data (default: the platform's cache folder),
 KDLIB_DATA the datasets alone, in torchvision's layout.
@@ -16,8 +17,9 @@ KDLIB_DATA the datasets alone, in torchvision's layout.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from kdlib import check, data, store
+from kdlib import check, data, export, store
 from kdlib.book import chapters, execute, reference
 
 PROFILES = ("smoke", "quick", "full")
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except ModuleNotFoundError as error:
-        reason = f"this command needs {error.name}: pip install 'kdlib[book]'"
+        extra = "export" if options.command is _export else "book"
+        reason = f"this command needs {error.name}: pip install 'kdlib[{extra}]'"
     except (chapters.BookError, data.DataError, store.StoreError, ValueError, OSError) as error:
         reason = str(error)
     except KeyboardInterrupt:
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = "remove runs by key; without a key, all of them"
     runs.add_argument("--prune", nargs="*", metavar="KEY", help=prune)
     runs.set_defaults(command=_runs)
+    _export_options(commands.add_parser("export", help="write a trained network as an ONNX file"))
     _record_options(commands.add_parser("reference", help="results recorded in the book"))
     return parser
 
@@ -82,6 +86,14 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--force", action="store_true", help="execute what is up to date too")
     run.add_argument("--plan", action="store_true", help="only list the runs and their time")
     run.set_defaults(command=_run)
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="pretrained, or the start of a run's key")
+    parser.add_argument("path", metavar="FILE", type=Path, help="the file to write: out.onnx")
+    parser.add_argument("--int8", action="store_true", help="quantise its linear layers")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.set_defaults(command=_export)
 
 
 def _record_options(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +155,10 @@ def _runs(options: argparse.Namespace) -> None:
         )
     total = sum(entry.size_bytes for entry in entries) / 2**20
     print(f"{len(entries)} runs, {total:.1f} MiB, in {store.folder()}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    print(export.export(options.name, options.path, int8=options.int8, force=options.force))
 
 
 def _record(options: argparse.Namespace) -> None:
