@@ -23,10 +23,6 @@ LONGEST_CELL, MEDIAN_CELL, LONGEST_LINE = 25, 8, 76
 
 chapter = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
-# Chapters in the form that design and CONTRIBUTING describe: those that list their claims.
-REWRITTEN = [path for path in NOTEBOOKS if (ROOT / f"book/claims/{path.stem}.yml").exists()]
-rewritten = pytest.mark.parametrize("path", REWRITTEN, ids=lambda path: path.stem)
-
 
 def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
@@ -74,8 +70,7 @@ def test_cells_and_lines_are_short(path: Path) -> None:
     """All of them: what a page folds or removes, JupyterLab and Colab show."""
     lines = {cell.id: cell.source.splitlines() for cell in code(read(path))}
     assert {name: len(cell) for name, cell in lines.items() if len(cell) > LONGEST_CELL} == {}
-    if path in REWRITTEN:
-        assert [line for cell in lines.values() for line in cell if len(line) > LONGEST_LINE] == []
+    assert [line for cell in lines.values() for line in cell if len(line) > LONGEST_LINE] == []
 
 
 def test_the_books_cells_are_short_in_the_middle() -> None:
@@ -94,7 +89,7 @@ def names(cell: Any, *contexts: type[ast.expr_context]) -> set[str]:
     return {n.id for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, contexts)}
 
 
-@rewritten
+@chapter
 def test_what_a_page_uses_is_visible_on_it(path: Path) -> None:
     cells = code(read(path))
     removed = {n for c in cells if hidden(c) == "remove" for n in names(c, ast.Store)}
@@ -108,7 +103,7 @@ def test_what_a_page_uses_is_visible_on_it(path: Path) -> None:
     assert lines["hide"] < 0.35 * lines.total()
 
 
-@rewritten
+@chapter
 def test_a_name_of_a_page_means_one_thing(path: Path) -> None:
     """Names assigned at the top level of two cells; figures and their axes are drawn again."""
     assigned = Counter(
@@ -128,7 +123,7 @@ def test_a_name_of_a_page_means_one_thing(path: Path) -> None:
     assert {n for n, count in assigned.items() if count > 1} - again - checked == set()
 
 
-@rewritten
+@chapter
 def test_people_write_the_sentences_of_a_page(path: Path) -> None:
     notebook = read(path)
     assert [c.id for c in code(notebook) if "Markdown(" in c.source] == []
