@@ -299,7 +299,10 @@ def _train_elsewhere(job: _Job) -> list[group.Trained]:
             f"threads is {job.threads}, which a forked worker cannot start: use threads=1, or "
             "ProcessPoolExecutor(…, mp_context=multiprocessing.get_context('spawn'))"
         )
-    # A forked worker has lost OpenMP's threads, and would wait for them: one thread, first of all.
+    if workers.is_forked:
+        # It has lost OpenMP's threads, and would wait for them. For good: PyTorch copies a large
+        # weight in parallel when a result is sent.
+        torch.set_num_threads(1)
     with workers.one_at_a_time, fast.threads(job.threads):
         device = data.resolve_device(job.device)
         _agree(job, device)

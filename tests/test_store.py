@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import exit_codes, process
+from helpers import a_full_disk, exit_codes, process
 from torch import Tensor
 
 from kdlib import files, store
@@ -230,17 +229,6 @@ def test_a_process_killed_while_it_writes(deed: str) -> None:
 
 
 # --- disks that are full, folders that cannot be written
-
-
-@contextlib.contextmanager
-def a_full_disk(size: int = 100) -> Iterator[None]:
-    """No file grows beyond a few bytes: the kernel's own refusal."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_loses_nothing() -> None:
