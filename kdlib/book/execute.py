@@ -146,7 +146,7 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
         while running or (waiting and not failed):
             if waiting and not failed and len(running) < many:
                 job = waiting.pop(0)
-                if not force and made(job.page).get("digest") == _digest(job):
+                if not force and is_up_to_date(job):
                     # The page asked for last is the one that is published.
                     os.utime(job.page)
                     tell(f"{job.chapter}: up to date")
@@ -180,6 +180,12 @@ def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
         raise BookError(f"{job.chapter} failed {fault}")
     notebook = read_notebook(output)
     seconds: float = notebook.metadata.papermill["duration"]
+    publish(notebook, job, seconds, output)
+    return seconds
+
+
+def publish(notebook: Any, job: Job, seconds: float, output: Path) -> None:
+    """Put an executed notebook in place of the chapter's last page; output: a file to be moved."""
     notebook.metadata["kdlib"] = asdict(job) | {
         "dataset": job.dataset,
         "seconds": round(seconds, 1),
@@ -190,7 +196,11 @@ def _publish(job: Job, output: Path, process: subprocess.Popen[bytes]) -> float:
     write_notebook(clean(notebook), output)
     job.page.parent.mkdir(parents=True, exist_ok=True)
     os.replace(output, job.page)
-    return seconds
+
+
+def is_up_to_date(job: Job) -> bool:
+    """Whether a chapter has a page of these sources and parameters."""
+    return bool(made(job.page).get("digest") == _digest(job))
 
 
 def _fault(job: Job, page: Path, process: subprocess.Popen[bytes]) -> str:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What starts in another folder finds the code that is tortured here too.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 
-from torture import kills  # noqa: E402
+from torture import damage, disks, inputs, kills, networks  # noqa: E402
 from torture.ordeal import say  # noqa: E402
 
 FULL = 600.0  # seconds, on two cores
@@ -29,6 +29,20 @@ ORDEALS = {
     "`kill -9` of `train_all` in several processes": kills.in_several_processes,
     "`kill -9` of an executor’s worker": kills.in_an_executors_worker,
     "`kill -9` of `kdlib run`": kills.in_kdlib_run,
+    "bytes flipped and files cut: datasets": damage.in_datasets,
+    "… stored runs": damage.in_runs,
+    "… checkpoints": damage.in_checkpoints,
+    "… executed pages": damage.in_pages,
+    "… recorded results": damage.in_records,
+    "… shipped weights": damage.in_shipped_weights,
+    "a full disk": disks.full,
+    "a read-only store": disks.read_only,
+    "two processes and pruning": disks.shared_by_two,
+    "four processes and pruning": disks.shared_by_four,
+    "bad arguments of `kdlib`": inputs.of_commands,
+    "bad parameters of chapters": inputs.of_chapters,
+    "bad calls of `fit`, `Recipe` and the losses": inputs.of_functions,
+    "registered networks that change": networks.that_change,
 }
 
 
@@ -36,7 +50,10 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
     """All ordeals, one after another; their record."""
     started, rows = time.monotonic(), []
     say(f"TORTURE_SEED={seed} TORTURE_SECONDS={seconds:g}")
+    only = os.environ.get("TORTURE_ONLY", "")
     for number, (name, ordeal) in enumerate(ORDEALS.items()):
+        if only not in name:
+            continue
         begun = time.monotonic()
         tally = ordeal(random.Random(f"{seed} {name}"), folder / str(number), seconds / FULL)
         rows.append({"ordeal": name, **tally._asdict()})
