@@ -18,7 +18,7 @@ import torch
 
 from kdlib import files, slots
 from kdlib.book import rehearsal
-from kdlib.book.chapters import BookError, Job, made, read_notebook, root, write_notebook
+from kdlib.book.chapters import BookError, Job, digest_of, made, read_notebook, root, write_notebook
 
 # A change in these needs no new run.
 MAKERS = (
@@ -192,15 +192,20 @@ def publish(notebook: Any, job: Job, seconds: float, output: Path) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": _digest(job),
     }
-    # The last page stays until the new one is complete.
+    # The last page stays until the new one is complete. As it will be read, so that a digest fits.
     write_notebook(clean(notebook), output)
+    notebook = read_notebook(output)
+    notebook.metadata["kdlib"]["content"] = digest_of(notebook)
+    write_notebook(notebook, output)
     job.page.parent.mkdir(parents=True, exist_ok=True)
     os.replace(output, job.page)
 
 
 def is_up_to_date(job: Job) -> bool:
-    """Whether a chapter has a page of these sources and parameters."""
-    return bool(made(job.page).get("digest") == _digest(job))
+    """Whether a chapter has a whole page of these sources and parameters."""
+    with contextlib.suppress(BookError):
+        return bool(made(job.page).get("digest") == _digest(job))
+    return False
 
 
 def _fault(job: Job, page: Path, process: subprocess.Popen[bytes]) -> str:
