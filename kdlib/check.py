@@ -35,10 +35,10 @@ class Rule:
 
 def value(name: str, given: Any, rule: Rule) -> Any:
     """The given value as plain Python. Raises ValueError unless the rule accepts it."""
-    # Whatever Python or NumPy thinks is wrong with the value, the user reads what is expected.
+    # Whatever Python, NumPy or PyTorch thinks is wrong, the user reads what is expected.
     try:
         return rule.read(given)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         refuse(name, given, rule.expected)
 
 

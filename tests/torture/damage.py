@@ -156,9 +156,12 @@ def a_checkpoint(rng: random.Random, folder: Path) -> None:
         if not left:
             raise KeyboardInterrupt
 
-    with replaced(store, save_checkpoint=interrupt), replaced(runs, CHECKPOINT_SECONDS=0.0):
-        with contextlib.suppress(KeyboardInterrupt):
-            quietly([recipe])
+    with (
+        replaced(store, save_checkpoint=interrupt),
+        replaced(runs, CHECKPOINT_SECONDS=0.0),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        quietly([recipe])
     (path,) = (store.folder() / ".checkpoints").iterdir()
     what = damage(rng, path)
     (run,) = quietly([recipe])

@@ -234,45 +234,47 @@ def share(rng: random.Random, folder: Path, count: int) -> None:
     for _ in range(count):
         chosen = rng.sample(recipes, rng.randrange(1, len(recipes) + 1))
         reader, writer = multiprocessing.Pipe(duplex=False)
-        started = process(kills._train, "one", chosen, rng.choice([None, 2]), str(home), writer)
+        started = process(kills._train, "one", chosen, None, str(home), writer)
         writer.close()
         lines.append((started, reader, chosen))
-    until = time.monotonic() + ordeal.PATIENCE
-    pruning = []
-    while any(started.is_alive() for started, *_ in lines):
-        if time.monotonic() > until:
-            for started, *_ in lines:
+    try:
+        disturb(rng, lines, expected)
+    finally:
+        for started, *_ in lines:
+            if started.is_alive():
                 ordeal.kill(started.pid or 0)
-            raise Lost("calls that wait for each other do not end")
-        time.sleep(rng.uniform(0, 0.05))
-        pruning += prune(rng)
-        for started, reader, chosen in lines:
-            _listen(started, reader, chosen, expected)
-    if pruning:
-        raise Lost(f"pruning failed: {pruning[0]}")
-    for started, reader, chosen in lines:
-        while not _listen(started, reader, chosen, expected):
-            pass
-        ordeal.gone(ordeal.of_session(started.pid or 0))
+            started.join()
+            ordeal.gone(ordeal.of_session(started.pid or 0))
     again = kills.train("one", recipes, None, home)
     if [each for each, _ in again.made or []] != list(expected.values()):
         raise Wrong(f"the same call afterwards: {again.failure or 'other bits'}")
     ordeal.tidy()
 
 
-def prune(rng: random.Random) -> list[str]:
+def disturb(rng: random.Random, lines: list[Any], expected: dict[Any, str]) -> None:
+    """Prune at random moments until some processes have ended, each with the expected bits."""
+    until, waiting = time.monotonic() + ordeal.PATIENCE, list(lines)
+    while waiting:
+        if time.monotonic() > until:
+            raise Lost("calls that share a store do not end")
+        time.sleep(rng.uniform(0, 0.05))
+        if failure := prune(rng):
+            raise Lost(f"pruning failed: {failure}")
+        waiting = [one for one in waiting if not has_ended(*one, expected)]
+
+
+def prune(rng: random.Random) -> str:
     """Prune all runs or one, as another process may do at any time; what went wrong."""
-    known = [entry.key for entry in store.stored()]
     try:
+        known = [entry.key for entry in store.stored()]
         if rng.random() < 0.2:
             store.prune(None if rng.random() < 0.5 or not known else [rng.choice(known)])
     except Exception as error:
-        # A run that somebody trained again meanwhile, or another pruned: one line says so.
-        return [] if isinstance(error, store.StoreError) else [repr(error)]
-    return []
+        return repr(error)
+    return ""
 
 
-def _listen(started: Any, reader: Connection, chosen: list[Any], expected: Any) -> bool:
+def has_ended(started: Any, reader: Connection, chosen: list[Any], expected: Any) -> bool:
     """Take what a process tells; whether it has told all. Lost or Wrong for a bad end."""
     try:
         while reader.poll(0):
