@@ -3,7 +3,8 @@
 Processes are killed, bytes flipped, disks filled; parameters are nonsense, and networks change
 behind the store's back. Each ordeal is a function `(rng, folder, budget) -> Tally`; budget is 1
 for a torture of ten minutes. TORTURE_SECONDS makes all of them longer or shorter, TORTURE_SEED
-repeats one. Ends with 1 if anything was lost or wrong.
+repeats one. It ends what it started alone, writes into a temporary folder of its own, and ends with
+if anything was lost or wrong.
 """
 
 import json
@@ -20,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # What starts in another folder finds the code that is tortured here too.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 
+from benchmarks import report  # noqa: E402
+from kdlib import files, slots  # noqa: E402
+from kdlib.provenance import processor  # noqa: E402
 from torture import damage, disks, inputs, kills, networks  # noqa: E402
 from torture.ordeal import say  # noqa: E402
 
@@ -50,9 +54,9 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
     """All ordeals, one after another; their record."""
     started, rows = time.monotonic(), []
     say(f"TORTURE_SEED={seed} TORTURE_SECONDS={seconds:g}")
-    only = os.environ.get("TORTURE_ONLY", "")
     for number, (name, ordeal) in enumerate(ORDEALS.items()):
-        if only not in name:
+        # For work on one of them.
+        if os.environ.get("TORTURE_ONLY", "") not in name:
             continue
         begun = time.monotonic()
         tally = ordeal(random.Random(f"{seed} {name}"), folder / str(number), seconds / FULL)
@@ -60,19 +64,26 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         say(f"{time.monotonic() - begun:6.1f} s  {name}: {tally}")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
+        "disks": disks.kind(),
+        "machine": f"{processor()}, {slots.cores()} cores",
         "seconds": round(time.monotonic() - started),
+        "seed": seed,
         "rows": rows,
     }
 
 
 def main() -> int:
-    """Torture, print the table; 1 if anything was lost or wrong."""
+    """Torture, print the table, keep the record; 1 if anything was lost or wrong."""
     seconds = float(os.environ.get("TORTURE_SECONDS") or FULL)
     seed = int(os.environ.get("TORTURE_SEED") or random.SystemRandom().randrange(2**32))
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         record = torture(seconds, seed, Path(folder))
-    print(json.dumps(record, indent=1))
+    print(report.torture(record))
+    # The book shows a torture of full length.
+    if seconds >= FULL and "TORTURE_ONLY" not in os.environ:
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        files.put(report.RESULTS / "torture.json", f"{text}\n".encode())
+        report.render()
     return int(any(row["lost"] or row["wrong"] for row in record["rows"]))
 
 
