@@ -15,7 +15,7 @@ DECIDES_NOTHING = "it only refuses values, and turns NumPy's numbers into Python
 
 
 # Characters of a value in an error.
-LONGEST = 300
+LONGEST = 1000
 
 
 @dataclass(frozen=True)

@@ -420,6 +420,27 @@ def test_no_file_is_read_or_written_in_the_locales_encoding(root: Path) -> None:
     assert text(root, "02_second") == "2 × 3 – „sechs“\n"
 
 
+def test_a_page_that_has_changed_is_made_again_and_not_published(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,), _ = chapters.jobs(["01_first"], "quick", {})
+    job.page.parent.mkdir(parents=True)
+    execute.publish(notebook("print('67 errors')"), job, 1.0, job.page)
+    assert execute.is_up_to_date(job)
+    for change in (lambda text: text.replace("67", "57"), lambda text: text[:-30]):
+        whole = job.page.read_text()
+        job.page.write_text(change(whole))
+        assert not execute.is_up_to_date(job)
+        assert cli.main(["build"]) == 1
+        assert "01_first.ipynb is damaged: execute the chapter again" in capsys.readouterr().err
+        job.page.write_text(whole)
+
+
+@pytest.mark.parametrize("text", ["(" * 50_000, "-" * 50_000 + "1", "0x" + "f" * 5000])
+def test_a_value_that_python_cannot_read_or_show_is_refused(text: str, refused: Told) -> None:
+    assert len(refused("run", "-p", "rate", text).splitlines()) == 1
+
+
 # --- the data ----------------------------------------------------------------------------
 
 
