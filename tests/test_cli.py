@@ -436,7 +436,7 @@ def test_a_page_that_has_changed_is_made_again_and_not_published(
         job.page.write_text(whole)
 
 
-@pytest.mark.parametrize("text", ["(" * 50_000, "-" * 50_000 + "1", "0x" + "f" * 5000])
+@pytest.mark.parametrize("text", ["(" * 50_000, "+" * 50_000 + "1", "0x" + "f" * 5000])
 def test_a_value_that_python_cannot_read_or_show_is_refused(text: str, refused: Told) -> None:
     assert len(refused("run", "-p", "rate", text).splitlines()) == 1
 
