@@ -1,8 +1,10 @@
 """Bytes flipped and files cut short: each time it is noticed, or it changes nothing."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
+import os
 import random
 import shutil
 import struct
@@ -104,22 +106,27 @@ def replaced(module: Any, **values: Any) -> Iterator[None]:
 
 def in_runs(rng: random.Random, folder: Path, budget: float) -> Tally:
     """Stored runs: read, used as teachers, listed."""
+    os.environ["KDLIB_HOME"] = str(folder / "whole")
+    made = quietly(ordeal.recipes(random.Random(0))[:1])
+    a_run = functools.partial(a_stored_run, folder / "whole", made)
     return ordeal.repeat(a_run, rng, folder, ordeal.times(50, budget))
 
 
-def a_run(rng: random.Random, folder: Path) -> None:
+def a_stored_run(whole: Path, made: list[kdlib.Run], rng: random.Random, folder: Path) -> None:
     """Damage a run, list it, and ask for it again."""
-    made = {run.recipe: run for run in quietly(ordeal.recipes(random.Random(0))[:1])}
+    shutil.copytree(whole, folder / "home")
     listed = {entry.key: entry for entry in store.stored()}
-    path = rng.choice(sorted(store.folder().glob("[!.]*/*")))
+    # Most of a run is weights, and most of what can be read wrongly is in the record.
+    path = rng.choice(sorted(store.folder().glob(rng.choice(["*/run.json", "[!.]*/*"]))))
     what = damage(rng, path)
     for entry in store.stored():
         # The size is that of the files as they are.
         same = {"size_bytes": entry.size_bytes, "key": entry.key}
         if entry.status != "damaged" and vars(entry) != vars(listed[entry.key]) | same:
             raise Wrong(f"a list with other numbers, unnoticed: {what}")
-    for run in quietly(list(made)):
-        if ordeal.bits(run) != ordeal.bits(made[run.recipe]):
+    for before, run in zip(made, quietly([run.recipe for run in made]), strict=True):
+        facts = [(one.seconds, one.provenance) for one in (before, run)]
+        if ordeal.bits(run) != ordeal.bits(before) or (run.cached and facts[0] != facts[1]):
             raise Wrong(f"another run, unnoticed: {what}")
     ordeal.whole()
 
@@ -228,12 +235,14 @@ def a_record(rng: random.Random, folder: Path) -> None:
 
 def in_shipped_weights(rng: random.Random, folder: Path, budget: float) -> Tally:
     """The networks that come with kdlib, and what is recorded about them."""
-    return ordeal.repeat(a_shipped_network, rng, folder, ordeal.times(20, budget))
-
-
-def a_shipped_network(rng: random.Random, folder: Path) -> None:
-    """Damage a copy of a small network."""
+    os.environ["KDLIB_HOME"] = str(folder / "store")
     (run,) = quietly(ordeal.recipes(random.Random(0))[1:2])
+    a_network = functools.partial(a_shipped_network, run)
+    return ordeal.repeat(a_network, rng, folder, ordeal.times(20, budget))
+
+
+def a_shipped_network(run: kdlib.Run, rng: random.Random, folder: Path) -> None:
+    """Damage a small network."""
     weights.keep("small", run, folder)
     expected = weights.pretrained("small", "cpu", folder=folder)
     what = damage(rng, folder / rng.choice(["small.json", "small.safetensors"]))

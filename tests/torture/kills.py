@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,23 +31,17 @@ DEEDS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtre
 
 def in_one_process(rng: random.Random, folder: Path, budget: float) -> Tally:
     """A process that trains all by itself."""
-    return ordeal.repeat(partial_named(training, "one"), rng, folder, ordeal.times(28, budget))
+    return ordeal.repeat(partial(training, how="one"), rng, folder, ordeal.times(28, budget))
 
 
 def in_several_processes(rng: random.Random, folder: Path, budget: float) -> Tally:
     """A process whose forked workers train side by side: it or one of them is killed."""
-    return ordeal.repeat(partial_named(training, "several"), rng, folder, ordeal.times(26, budget))
+    return ordeal.repeat(partial(training, how="several"), rng, folder, ordeal.times(26, budget))
 
 
 def in_an_executors_worker(rng: random.Random, folder: Path, budget: float) -> Tally:
     """A worker of an executor; the call that had it says so, and keeps what had arrived."""
-    return ordeal.repeat(partial_named(training, "executor"), rng, folder, ordeal.times(26, budget))
-
-
-def partial_named(trial: Callable[..., Any], how: str) -> Callable[..., Any]:
-    made = partial(trial, how=how)
-    made.__name__ = f"{trial.__name__}-{how}"  # type: ignore[attr-defined]
-    return made
+    return ordeal.repeat(partial(training, how="executor"), rng, folder, ordeal.times(26, budget))
 
 
 @dataclass

@@ -45,7 +45,7 @@ class Own(Base):
         if self.calls <= {after}:
             return logits
         logits = helper(logits) * NUMBER * sum(LISTED[n] for n in range(1)) * unused()
-        return logits * self.factor * self.doubled * self.scale * self.given * self.kept
+        return logits * self.factor * self.doubled * self.scale * self.given() * self.kept
 """
 IN_SOURCE = ["in_a_function", "in_a_lambda", "in_a_property", "in_a_buffer"]
 
@@ -70,15 +70,15 @@ class Variant:
         number = 1.0
 
         def inner() -> float:
-            return listed[0] * float(array[1]) * number
+            return listed[0] * float(array[1]) * number * nested["a"]["b"][0]
 
         def rebind(value: float) -> None:
             nonlocal number
             number = value
 
         def factory(gain: float = 1.0) -> nn.Module:
-            given = inner() * nested["a"]["b"][0] * float(tensor) * thing.gain * gain
-            made: nn.Module = space["Own"](given)
+            # Read as late as the rest: a value of the network's own would be seen at once.
+            made: nn.Module = space["Own"](lambda: inner() * float(tensor) * thing.gain * gain)
             return made
 
         self.rebind, self.factory = rebind, factory

@@ -49,9 +49,10 @@ def repeat(
     A trial raises Lost or Wrong; it may return how many tries it was.
     """
     tried = lost = wrong = 0
+    name = getattr(trial, "func", trial).__name__
     while tried < times:
         seed = rng.getrandbits(32)
-        place = folder / f"{trial.__name__}-{tried}"
+        place = folder / f"{name}-{tried}"
         place.mkdir(parents=True)
         os.environ["KDLIB_HOME"] = str(place / "home")
         tries = 1
@@ -59,14 +60,14 @@ def repeat(
             tries = trial(random.Random(seed), place) or 1
         except Wrong as found:
             wrong += 1
-            say(f"WRONG in {trial.__name__}, seed {seed}: {found}")
+            say(f"WRONG in {name}, seed {seed}: {found}")
         except Lost as found:
             lost += 1
-            say(f"LOST in {trial.__name__}, seed {seed}: {found}")
+            say(f"LOST in {name}, seed {seed}: {found}")
         # Whatever else goes wrong in a trial is a loss, and no reason to leave out the others.
         except Exception:
             lost += 1
-            say(f"LOST in {trial.__name__}, seed {seed}:\n{traceback.format_exc()}")
+            say(f"LOST in {name}, seed {seed}:\n{traceback.format_exc()}")
         tried += tries
         shutil.rmtree(place, ignore_errors=True)
     return Tally(tried, tried - lost - wrong, lost, wrong)
