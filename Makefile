@@ -12,7 +12,7 @@ BOOK := $(VENV)/.installed
 DEV  := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help env data book lab reference site serve test lint format bench bench-gpu clean distclean
+.PHONY: help env data book lab reference site serve test torture lint format bench bench-gpu clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ serve: ## read the book at http://localhost:8000 (PORT=…)
 # One thread per worker: more of them than cores slow each other down tenfold.
 test: lint ## everything that checks the project
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+torture: $(DEV) ## ten minutes of kills, flipped bytes and full disks (TORTURE_SECONDS=…)
+	PYTHONPATH=tests $(BIN)/python -m torture
 
 lint: $(DEV) ## style, types and clean notebooks
 	$(BIN)/ruff check .

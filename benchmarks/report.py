@@ -27,6 +27,23 @@ def render(results: Path = RESULTS, pages: Path = PAGES) -> None:
         files.put(pages / f"{device}.md", page(record, device).encode())
         if record is not None:
             files.put(pages / f"{device}.svg", figure(record).encode())
+    path = results / "torture.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    files.put(pages / "torture.md", torture(record).encode())
+
+
+def torture(record: Record | None) -> str:
+    """The Markdown of a torture: what was tried, and how it ended."""
+    if record is None:
+        return "Not tried yet: `make torture` tries it.\n"
+    names = ("tried", "survived", "lost", "wrong")
+    rows = [(row["ordeal"], *(str(row[name]) for name in names)) for row in record["rows"]]
+    total = ("in all", *(str(sum(row[name] for row in record["rows"])) for name in names))
+    told = (
+        f"Tried {record['date'][:10]} on {record['machine']}, in {record['seconds'] / 60:.0f} "
+        f"minutes, with TORTURE_SEED={record['seed']}. The small disks are {record['disks']}."
+    )
+    return f"{told}\n\n{_table(('what', *names), [*rows, total])}\n"
 
 
 def page(record: Record | None, device: str) -> str:

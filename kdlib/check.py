@@ -14,6 +14,10 @@ from torch import Tensor
 DECIDES_NOTHING = "it only refuses values, and turns NumPy's numbers into Python's"
 
 
+# Characters of a value in an error.
+LONGEST = 1000
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a value must be: in words, and as a function.
@@ -31,10 +35,10 @@ class Rule:
 
 def value(name: str, given: Any, rule: Rule) -> Any:
     """The given value as plain Python. Raises ValueError unless the rule accepts it."""
-    # Whatever Python or NumPy thinks is wrong with the value, the user reads what is expected.
+    # Whatever Python, NumPy or PyTorch thinks is wrong, the user reads what is expected.
     try:
         return rule.read(given)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         refuse(name, given, rule.expected)
 
 
@@ -46,7 +50,17 @@ def values(rules: dict[str, Rule], **given: Any) -> None:
 
 def refuse(name: str, given: Any, expected: str) -> NoReturn:
     """Raise the one ValueError of a bad value."""
-    raise ValueError(f"{name} is {given!r}: expected {expected}") from None
+    raise ValueError(f"{name} is {shown(given)}: expected {expected}") from None
+
+
+def shown(given: Any) -> str:
+    """A value in one line, which a tensor, a long list or an object of any kind need not be."""
+    try:
+        text = " ".join(line.strip() for line in repr(given).splitlines())
+    # Nested too deep, too many digits, or an object that fails to describe itself.
+    except Exception:
+        return f"a {type(given).__name__} that cannot be shown"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, ends: str = "[]") -> Rule:

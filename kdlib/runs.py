@@ -33,6 +33,7 @@ from kdlib.precision import settings
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
+ROUNDS = 10  # of training runs again that another process prunes as they are made
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,19 @@ class _Level:
         self.missing = [recipe for recipe in self.recipes if recipe not in self.made]
 
     def make(self, stack: int | None, executor: Executor | None) -> None:
-        """Make the runs that are not stored: in this process, in several, or in an executor's."""
+        """Make the runs that are not stored."""
+        for _ in range(ROUNDS):
+            self._make(stack, executor)
+            self.missing = [recipe for recipe in self.recipes if recipe not in self.made]
+            if not self.missing:
+                return
+        raise store.StoreError(
+            f"runs vanish from {store.folder()} as soon as they are stored: another process "
+            "prunes them, or the disk is faulty; make the call again"
+        )
+
+    def _make(self, stack: int | None, executor: Executor | None) -> None:
+        """Make them in this process, in several, or in an executor's."""
         groups = _cut(self.missing, self.names, self.device, stack)
         if executor is not None:
             return self._train(groups, executor, _train_elsewhere)
@@ -204,8 +217,10 @@ class _Level:
                         with store.locked([self.names[recipe]]):
                             _keep(recipe, self.names[recipe], result)
                     self._read(recipe, cached=result is True)
-                    show(self.made[recipe].metrics["test_errors"])
-                    arrived += 1
+                    # Not there if another process has pruned it already: see `make`.
+                    if recipe in self.made:
+                        show(self.made[recipe].metrics["test_errors"])
+                        arrived += 1
         if failure is not None:
             raise RuntimeError(
                 f"a worker failed ({type(failure).__name__}: {failure}) after {arrived} of "
@@ -234,15 +249,20 @@ def _cut(
     """Groups of recipes; those of an interrupted call first, cut as it had cut them."""
     known = {name: recipe for recipe, name in names.items()}
     groups, rest = [], list(missing)
-    for unfinished in store.unfinished() if missing else []:
+    for unfinished in store.unfinished():
         # Whole or not at all: a checkpoint of three runs is of no use to two of them.
         members = [known[name] for name in unfinished if name in known]
-        if len(members) == len(unfinished) and any(recipe in rest for recipe in members):
-            groups.append(members)
-            rest = [recipe for recipe in rest if recipe not in members]
+        if len(members) == len(unfinished):
+            if any(recipe in missing for recipe in members):
+                groups.append(members)
+                rest = [recipe for recipe in rest if recipe not in members]
+            else:
+                # The process was killed after it had stored the last of them.
+                with contextlib.suppress(OSError):
+                    store.drop_checkpoint(unfinished)
             continue
         state = store.load_checkpoint(unfinished) or {}
-        if {recipe.key for recipe in rest}.issuperset(state.get("recipes", [""])):
+        if rest and {recipe.key for recipe in rest}.issuperset(state.get("recipes", [""])):
             warnings.warn(
                 "an interrupted training of these recipes has left a checkpoint of other "
                 "training code, data or device: it is not used, and the training starts over; "
@@ -287,7 +307,9 @@ def _train_here(job: _Job) -> list[bool]:
             resume = store.load_checkpoint(job.names)
             results = group.train(job.members, device, taught, resume, on_state)
         for each in zip(job.members, job.names, results, strict=True):
-            _keep(*each)
+            # To write a run again is to lose it, should this process be killed at that moment.
+            if store.read(each[1]) is None:
+                _keep(*each)
         store.drop_checkpoint(job.names)
     return [False] * len(job.names)
 
@@ -299,7 +321,10 @@ def _train_elsewhere(job: _Job) -> list[group.Trained]:
             f"threads is {job.threads}, which a forked worker cannot start: use threads=1, or "
             "ProcessPoolExecutor(…, mp_context=multiprocessing.get_context('spawn'))"
         )
-    # A forked worker has lost OpenMP's threads, and would wait for them: one thread, first of all.
+    if workers.is_forked:
+        # It has lost OpenMP's threads, and would wait for them. For good: PyTorch copies a large
+        # weight in parallel when a result is sent.
+        torch.set_num_threads(1)
     with workers.one_at_a_time, fast.threads(job.threads):
         device = data.resolve_device(job.device)
         _agree(job, device)

@@ -57,13 +57,14 @@ def write(key: str, record: dict[str, Any], weights: Weights) -> dict[str, Any]:
     text = json.dumps({"digest": files.digest(record), "run": record}, indent=1)
     beside = folder() / f".{key}.new"
     try:
-        # What a process left that was killed here; its lock is ours now.
-        shutil.rmtree(beside, ignore_errors=True)
-        files.put(beside / "weights.safetensors", content)
-        files.put(beside / "run.json", text.encode())
-        # Whatever has the key's name is damaged, or the run would not have been trained.
-        shutil.rmtree(folder() / key, ignore_errors=True)
-        beside.replace(folder() / key)
+        with _alone():
+            # What a process left that was killed here; its lock is ours now.
+            shutil.rmtree(beside, ignore_errors=True)
+            files.put(beside / "weights.safetensors", content)
+            files.put(beside / "run.json", text.encode())
+            # Whatever has the key's name is damaged, or the run would not have been trained.
+            shutil.rmtree(folder() / key, ignore_errors=True)
+            beside.replace(folder() / key)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise _error(
@@ -98,34 +99,51 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
 
 def stored() -> list[Entry]:
     """All runs in the store, oldest first."""
-    return sorted(map(_entry, folder().glob("[!.]*/run.json")), key=lambda entry: entry.created)
+    found = filter(None, map(_entry, folder().glob("[!.]*/run.json")))
+    return sorted(found, key=lambda entry: entry.created)
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> Entry | None:
+    """A run as it is listed; None if another process has removed it."""
     try:
-        record = json.loads(path.read_bytes())["run"]
+        saved = json.loads(path.read_bytes())
+        record = saved["run"]
+        if saved["digest"] != files.digest(record):
+            raise ValueError
         size = sum(file.stat().st_size for file in path.parent.iterdir())
         date, status = record["provenance"]["date"], record["metrics"]["status"]
         return Entry(path.parent.name, record["recipe"], size, record["seconds"], date, status)
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError):
         return Entry(path.parent.name, {}, 0, 0.0, "", "damaged")
 
 
 def prune(keys: Iterable[str] | None = None) -> int:
     """Remove runs by key, or with None all runs, checkpoints and leftovers; bytes freed."""
-    paths = [folder() / key for key in keys] if keys is not None else list(folder().glob("*"))
     freed = 0
-    for path in paths:
-        # A key comes from the command line: nothing but a run's own folder is ever removed.
-        if keys is not None and not (path.name.isalnum() and (path / "run.json").is_file()):
-            raise StoreError(f"no stored run {path.name!r}: see `kdlib runs`")
-        # Another process may hold a lock.
-        if path.name == ".locks":
-            continue
-        below = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        freed += sum(file.stat().st_size for file in below)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with _alone():
+        paths = [folder() / key for key in keys] if keys is not None else list(folder().glob("*"))
+        for path in paths:
+            # A key comes from the command line: nothing but a run's own folder is ever removed.
+            if keys is not None and not (path.name.isalnum() and (path / "run.json").is_file()):
+                raise StoreError(f"no stored run {path.name!r}: see `kdlib runs`")
+            # Another process may hold a lock.
+            if path.name == ".locks":
+                continue
+            below = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
+            freed += sum(file.stat().st_size for file in below)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return freed
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the store for a moment: what is being written is not pruned as a leftover."""
+    locks = folder() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(locks / "store.lock"):
+        yield
 
 
 @contextlib.contextmanager
@@ -148,9 +166,10 @@ def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
     content = io.BytesIO()
     torch.save({"keys": list(keys), "snapshot": snapshot}, content)
     try:
-        files.put(
-            _checkpoint(keys), hashlib.sha256(content.getvalue()).digest() + content.getvalue()
-        )
+        with _alone():
+            files.put(
+                _checkpoint(keys), hashlib.sha256(content.getvalue()).digest() + content.getvalue()
+            )
     except OSError as error:
         raise _error(
             "cannot write a checkpoint", error, "make room; the last checkpoint stays"
@@ -165,7 +184,10 @@ def load_checkpoint(keys: Sequence[str]) -> dict[str, Any] | None:
 
 def drop_checkpoint(keys: Sequence[str]) -> None:
     """Forget the state of a group that is finished."""
-    _checkpoint(keys).unlink(missing_ok=True)
+    path = _checkpoint(keys)
+    # With what processes left that were killed while they wrote it.
+    for file in (path, *path.parent.glob(f".{path.name}.*.new")):
+        file.unlink(missing_ok=True)
 
 
 def unfinished() -> list[list[str]]:

@@ -31,7 +31,12 @@ def pretrained(name: str, device: str | torch.device = "auto", *, folder: Path =
 
     if name not in names(folder):
         raise ValueError(f"no pretrained {name!r}: expected one of {', '.join(names(folder))}")
-    record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    try:
+        record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except ValueError:
+        record = {}
+    if record.pop("digest", None) != files.digest(record):
+        raise ValueError(f"{folder / f'{name}.json'} is damaged: reinstall kdlib")
     path = folder / f"{name}.safetensors"
     # A missing file counts as an empty one, whose digest cannot agree.
     content = path.read_bytes() if path.is_file() else b""
@@ -68,6 +73,7 @@ def keep(name: str, run: Run, folder: Path = FOLDER) -> Path:
     }
     # The record last: a network without one is not listed, and so never read half-written.
     files.put(folder / f"{name}.safetensors", content)
+    record["digest"] = files.digest(record)
     text = json.dumps(record, indent=1, sort_keys=True)
     files.put(folder / f"{name}.json", f"{text}\n".encode())
     return folder / f"{name}.safetensors"

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 import filelock
 import nbformat
 import pytest
+from helpers import KDLIB
 
 from kdlib import data, files
 
 ROOT = Path(__file__).resolve().parent.parent
-KDLIB = [sys.executable, "-c", "import sys; from kdlib.book.cli import main; sys.exit(main())"]
 
 
 def give_up(reason: str) -> None:

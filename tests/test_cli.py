@@ -10,56 +10,25 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
-from conftest import KDLIB, ROOT
+from conftest import ROOT
+from helpers import KDLIB, PARAMETERS, alive, notebook, tiny_book
 
 import kdlib
 from kdlib import data, store
 from kdlib.book import chapters, cli, execute
 
-TOC = """\
-format: jb-book
-root: book/intro
-parts:
-  - caption: Both
-    chapters:
-      - file: book/02_second
-      - file: book/01_first
-"""
-PARAMETERS = """\
-profile = "quick"  # the scale
-dataset = "mnist-5k"  # where the digits come from
-seed = 0  # of everything"""
 FIRST = 'rate = 0.5  # a rate\nwidths = [30, 300]  # of the layers\nname = "a"  # text'
-
-
-def notebook(*cells: str, parameters: str = PARAMETERS) -> Any:
-    """A chapter: a title, a parameters cell, some code."""
-    made = nbformat.v4.new_notebook()
-    made.metadata["kernelspec"] = {
-        "name": "python3",
-        "language": "python",
-        "display_name": "Python",
-    }
-    made.cells = [nbformat.v4.new_markdown_cell("# A chapter", id="title")]
-    made.cells.append(nbformat.v4.new_code_cell(parameters, id="parameters"))
-    made.cells[1].metadata["tags"] = ["parameters"]
-    made.cells += [nbformat.v4.new_code_cell(c, id=f"code-{i}") for i, c in enumerate(cells)]
-    return made
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny book, as working directory."""
     folder = tmp_path / "a [clone] of #1, 50% {done}"  # a name that some tool reads as a pattern
-    (folder / "book" / "profiles").mkdir(parents=True)
-    (folder / "_toc.yml").write_text(TOC)
-    (folder / "book" / "intro.md").write_text("# Intro\n")
+    tiny_book(folder, {"02_second": ["print('seed', seed)"], "01_first": []})
     write(folder, "01_first", "print('seed', seed, 'rate', rate)", more=FIRST)
-    write(folder, "02_second", "print('seed', seed)")
     (folder / "book/profiles/smoke.yml").write_text("01_first: {seed: 5}\n")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
@@ -372,7 +341,8 @@ def test_chapters_run_side_by_side_and_a_failed_one_lets_the_others_end(
 ) -> None:
     (tmp_path / "told").mkdir()
     monkeypatch.setenv("TOLD", str(tmp_path / "told"))
-    (root / "_toc.yml").write_text(f"{TOC}      - file: book/03_third\n")
+    contents = (root / "_toc.yml").read_text()
+    (root / "_toc.yml").write_text(f"{contents}      - file: book/03_third\n")
     write(root, "03_third", "print('never')")
     write(root, "02_second", MEETING.replace("NAME", "02").replace("END", "1 / 0"))
     late = "time.sleep(2)\nprint('after')"
@@ -432,15 +402,6 @@ def test_a_stopped_run_leaves_no_process_and_the_next_one_goes_on(
     assert list((root / "_build").glob(".run-*")) == [others]
 
 
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{process}/stat")
-    return not (stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
 @pytest.mark.chain
 def test_no_file_is_read_or_written_in_the_locales_encoding(root: Path) -> None:
     write(root, "02_second", "print('2 × 3 – „sechs“')  # ≈")
@@ -457,6 +418,29 @@ def test_no_file_is_read_or_written_in_the_locales_encoding(root: Path) -> None:
         warnings = [line for line in result.stderr.splitlines() if "EncodingWarning" in line]
         assert not [line for line in warnings if str(Path(kdlib.__file__).parent) in line]
     assert text(root, "02_second") == "2 × 3 – „sechs“\n"
+
+
+def test_a_page_that_has_changed_is_made_again_and_not_published(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,), _ = chapters.jobs(["01_first"], "quick", {})
+    job.page.parent.mkdir(parents=True)
+    execute.publish(
+        notebook("print('67 errors')"), job, execute.digest_of_sources(job), 1.0, job.page
+    )
+    assert execute.is_up_to_date(job)
+    for change in (lambda text: text.replace("67", "57"), lambda text: text[:-30]):
+        whole = job.page.read_text()
+        job.page.write_text(change(whole))
+        assert not execute.is_up_to_date(job)
+        assert cli.main(["build"]) == 1
+        assert "01_first.ipynb is damaged: execute the chapter again" in capsys.readouterr().err
+        job.page.write_text(whole)
+
+
+@pytest.mark.parametrize("text", ["(" * 50_000, "+" * 50_000 + "1", "0x" + "f" * 5000])
+def test_a_value_that_python_cannot_read_or_show_is_refused(text: str, refused: Told) -> None:
+    assert len(refused("run", "-p", "rate", text).splitlines()) == 1
 
 
 # --- the data ----------------------------------------------------------------------------

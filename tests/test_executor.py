@@ -146,7 +146,7 @@ import torch, kdlib
 from concurrent.futures import ProcessPoolExecutor
 torch.set_num_threads(2)
 (torch.rand(2000, 2000) @ torch.rand(2000, 2000)).sum()
-recipe = kdlib.Recipe("lenet-half", dataset="mnist-5k", steps=5)
+recipe = kdlib.Recipe({model!r}, dataset="mnist-5k", steps=5)
 recipes = [recipe.replace(seed=1), recipe.distil(recipe, temperature=4.0)]
 with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as executor:
     made = kdlib.train_all(recipes, "cpu", executor=executor, threads={threads})
@@ -154,8 +154,9 @@ print([run.cached for run in made], {{run.provenance["threads"] for run in made}
 """
 
 
-def forked(tmp_path: Path, threads: int) -> subprocess.CompletedProcess[str]:
-    script = FORKED.format(path=str(Path(kdlib.__file__).parents[1]), threads=threads)
+def forked(threads: int, model: str = "lenet-half") -> subprocess.CompletedProcess[str]:
+    path = str(Path(kdlib.__file__).parents[1])
+    script = FORKED.format(path=path, threads=threads, model=model)
     return subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"OMP_NUM_THREADS": "2"},
@@ -165,13 +166,15 @@ def forked(tmp_path: Path, threads: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_forked_workers_train_though_openmp_has_started_here(tmp_path: Path) -> None:
-    result = forked(tmp_path, 1)
+# Large weights are copied in parallel when a worker sends them.
+@pytest.mark.parametrize("model", ["lenet-half", "mlp-100"])
+def test_forked_workers_train_though_openmp_has_started_here(model: str) -> None:
+    result = forked(1, model)
     assert result.stdout.strip() == "[False, False] {1}", result.stderr
 
 
-def test_more_threads_in_a_forked_worker_are_refused_with_what_to_pass(tmp_path: Path) -> None:
-    result = forked(tmp_path, 2)
+def test_more_threads_in_a_forked_worker_are_refused_with_what_to_pass() -> None:
+    result = forked(2)
     last = result.stderr.strip().splitlines()[-1]
     assert "threads is 2, which a forked worker cannot start" in last
     assert "mp_context=multiprocessing.get_context('spawn')" in last

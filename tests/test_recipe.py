@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,19 @@ OTHER: dict[str, Any] = {
 def test_each_field_is_tried() -> None:
     names = {field.name for field in dataclasses.fields(Recipe)}
     assert set(BAD) == set(OTHER) == names
+
+
+def test_a_value_of_any_kind_is_refused_in_one_line() -> None:
+    class Unspeakable:
+        def __repr__(self) -> str:
+            raise RuntimeError("no words for it")
+
+    nested: Any = []
+    for _ in range(5000):
+        nested = [nested]
+    for value in (torch.ones(40, 40), np.ones((40, 40)), 10**5000, nested, Unspeakable()):
+        with pytest.raises(ValueError, match=r"^seed is [^\n]*: expected a whole number[^\n]*$"):
+            Recipe("mlp-8", seed=value)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ def test_a_result_typed_by_hand_is_noticed(store: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="changed by hand"):
         reference.results(CHAPTER, "smoke")
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=rf"{path.name} was changed by hand"):
+        reference.results(CHAPTER, "smoke")
 
 
 def test_three_sources_side_by_side(store: Path) -> None:

@@ -826,7 +826,43 @@ def test_kill_9_and_the_same_call_again_goes_on_from_the_checkpoint(
         assert same_bits(mine, theirs)
     kept = [run.cached for run in kdlib.train_all(recipes, "cpu")]
     assert kept == [True] * len(recipes)
-    assert store.unfinished() == [] or left == 0
+    assert [path.name for path in (store.folder() / ".checkpoints").iterdir()] == []
+
+
+def test_a_run_that_is_stored_is_not_written_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process killed while it writes one of a stack's runs again would lose it."""
+    assert exit_codes(process(work_and_die, "stacked", "write", 2)) == [-signal.SIGKILL]
+    there = {entry.key for entry in store.stored()}
+    written, write = [], store.write
+    monkeypatch.setattr(store, "write", lambda key, *rest: written.append(key) or write(key, *rest))
+    recipes, stack = INTERRUPTED["stacked"]
+    kdlib.train_all(recipes, "cpu", stack=stack)
+    assert len(there) == 2
+    assert len(written) == 1
+    assert not there & set(written)
+
+
+def test_runs_that_another_process_prunes_are_made_again(
+    monkeypatch: pytest.MonkeyPatch, trained: list[float]
+) -> None:
+    write, pruned = store.write, list[str]()
+
+    def write_and_lose(key: str, *rest: Any) -> Any:
+        written = write(key, *rest)
+        if len(pruned) < often:
+            store.prune([key])
+            pruned.append(key)
+        return written
+
+    monkeypatch.setattr(store, "write", write_and_lose)
+    often = 2
+    (run,) = kdlib.train_all([small()], "cpu")
+    assert (run.cached, len(trained), len(pruned)) == (False, 3 * 60, 2)
+    often = 99
+    with pytest.raises(store.StoreError, match=r"runs vanish from .*another process prunes them"):
+        kdlib.train(small(seed=1), "cpu")
 
 
 def test_an_exception_in_the_middle_keeps_what_was_done(

@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import exit_codes, process
+from helpers import a_full_disk, exit_codes, process
 from torch import Tensor
 
 from kdlib import files, store
@@ -61,7 +60,7 @@ def test_a_run_comes_back_as_it_was_written(home: Path) -> None:
     store.write("key", RECORD, WEIGHTS)
     assert is_whole(store.read("key"))
     assert store.folder() == home / "runs"
-    assert sorted(path.name for path in (home / "runs").rglob("*") if path.is_file()) == [
+    assert sorted(path.name for path in (home / "runs").glob("key/*")) == [
         "run.json",
         "weights.safetensors",
     ]
@@ -85,8 +84,11 @@ def test_what_is_stored_is_listed_oldest_first() -> None:
     assert (old.recipe, old.seconds, old.status) == (RECORD["recipe"], 1.5, "ok")
     files = list((store.folder() / "old").iterdir())
     assert old.size_bytes == sum(file.stat().st_size for file in files) > 200
-    (store.folder() / "new" / "run.json").write_text("{")
+    path = store.folder() / "old" / "run.json"
+    path.write_text(path.read_text().replace('"ok"', '"oh"'))
     assert [entry.status for entry in store.stored()] == ["damaged", "ok"]
+    (store.folder() / "new" / "run.json").write_text("{")
+    assert [entry.status for entry in store.stored()] == ["damaged", "damaged"]
 
 
 # --- damage
@@ -232,17 +234,6 @@ def test_a_process_killed_while_it_writes(deed: str) -> None:
 # --- disks that are full, folders that cannot be written
 
 
-@contextlib.contextmanager
-def a_full_disk(size: int = 100) -> Iterator[None]:
-    """No file grows beyond a few bytes: the kernel's own refusal."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_loses_nothing() -> None:
     store.write("other", RECORD, WEIGHTS)
     store.save_checkpoint(["key"], {"step": 1})
@@ -262,6 +253,8 @@ def test_an_error_anywhere_in_a_write_is_a_store_error(
 ) -> None:
     store.write("other", RECORD, WEIGHTS)
     full = OSError(errno.ENOSPC, "No space left on device")
+    # The store's lock makes folders too.
+    monkeypatch.setattr(store, "_alone", contextlib.nullcontext)
     deeds = [deed for deed in DEEDS if deed[1] != "rmtree"]
     monkeypatch.setattr("test_store.DEEDS", deeds)
     with killed_at(number, monkeypatch, full):
@@ -337,6 +330,23 @@ def test_reading_from_a_store_that_cannot_be_made(below_a_file: None) -> None:
 
 
 # --- pruning
+
+
+def test_what_a_process_writes_is_not_pruned_as_a_leftover(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = files.put
+    pruning: list[Any] = []
+
+    def put_while_another_prunes(path: Path, content: bytes) -> None:
+        put(path, content)
+        if not pruning:
+            pruning.append(process(store.prune))
+            pruning[0].join(0.5)  # it waits until the run is in its place
+            assert pruning[0].is_alive()
+
+    monkeypatch.setattr(files, "put", put_while_another_prunes)
+    store.write("key", RECORD, WEIGHTS)
+    assert exit_codes(*pruning) == [0]
+    assert visible() == []
 
 
 def test_runs_are_pruned_by_key() -> None:
@@ -431,6 +441,13 @@ def test_no_changed_byte_gives_another_checkpoint() -> None:
         assert found is None or (
             found["step"] == 1 and torch.equal(found["weights"]["a"], torch.ones(500))
         )
+
+
+def test_what_was_left_of_a_killed_checkpoint_goes_with_it() -> None:
+    assert exit_codes(process(checkpoint_and_die)) == [-signal.SIGKILL]
+    assert len(list((store.folder() / ".checkpoints").iterdir())) == 2
+    store.drop_checkpoint(["a"])
+    assert list((store.folder() / ".checkpoints").iterdir()) == []
 
 
 def checkpoint_and_die() -> None:

@@ -37,6 +37,15 @@ def test_a_changed_file_and_an_unknown_name_are_refused(run: kdlib.Run, tmp_path
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ValueError, match="is missing or damaged: reinstall"):
         weights.pretrained("small", "cpu", folder=tmp_path)
+    weights.keep("small", run, tmp_path)
+    record = tmp_path / "small.json"
+    record.write_text(record.read_text().replace('"status": "ok"', '"status": "oh"'))
+    with pytest.raises(ValueError, match=r"small.json is damaged: reinstall"):
+        weights.pretrained("small", "cpu", folder=tmp_path)
+    record.write_text("{")
+    with pytest.raises(ValueError, match=r"small.json is damaged: reinstall"):
+        weights.pretrained("small", "cpu", folder=tmp_path)
+    weights.keep("small", run, tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match="is missing or damaged: reinstall"):
         weights.pretrained("small", "cpu", folder=tmp_path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdlib import check, data
+from kdlib import check, data, files
 
 Parameters = dict[str, Any]
 FALLBACK = "mnist-5k"
@@ -122,7 +122,8 @@ def assignments(source: str) -> dict[str, Parameter]:
 
 def _literal(text: str, otherwise: Any) -> Any:
     """The value that some text is as Python, if it is a plain one."""
-    with contextlib.suppress(ValueError, SyntaxError):
+    # The last two for what is nested too deep.
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         return ast.literal_eval(text)
     return otherwise
 
@@ -242,10 +243,28 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def made(page: Path) -> dict[str, Any]:
-    """How an executed page was made: profile, dataset, seconds… Empty without one."""
+    """How an executed page was made: profile, dataset, seconds… Empty without one.
+
+    Raises BookError for a page that has changed since it was put in place.
+    """
     if not page.is_file():
         return {}
-    return dict(read_notebook(page).metadata.get("kdlib", {}))
+    try:
+        notebook = read_notebook(page)
+        about = dict(notebook.metadata.get("kdlib", {}))
+        # Pages of before have no digest of what they hold.
+        if about.get("content", digest_of(notebook)) == digest_of(notebook):
+            return about
+    # Whatever nbformat makes of a damaged file.
+    except Exception:
+        pass
+    raise BookError(f"{page} is damaged: execute the chapter again with `kdlib run`")
+
+
+def digest_of(notebook: Any) -> str:
+    """A digest of all that an executed page holds."""
+    about = {k: v for k, v in notebook.metadata.get("kdlib", {}).items() if k != "content"}
+    return files.digest([notebook.cells, notebook.metadata | {"kdlib": about}])
 
 
 def pages(profile: str | None = None) -> dict[str, Path]:

@@ -18,7 +18,7 @@ import torch
 
 from kdlib import files, slots
 from kdlib.book import rehearsal
-from kdlib.book.chapters import BookError, Job, made, read_notebook, root, write_notebook
+from kdlib.book.chapters import BookError, Job, digest_of, made, read_notebook, root, write_notebook
 
 # A change in these needs no new run.
 MAKERS = (
@@ -147,8 +147,8 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
             if waiting and not failed and len(running) < many:
                 job = waiting.pop(0)
                 # Taken now: whoever edits a chapter while it runs gets a page of the old text.
-                digest = _digest(job)
-                if not force and made(job.page).get("digest") == digest:
+                digest = digest_of_sources(job)
+                if not force and is_up_to_date(job):
                     # The page asked for last is the one that is published.
                     os.utime(job.page)
                     tell(f"{job.chapter}: up to date")
@@ -184,17 +184,35 @@ def _publish(job: Job, digest: str, output: Path, process: subprocess.Popen[byte
         raise BookError(f"{job.chapter} failed {fault}")
     notebook = read_notebook(output)
     seconds: float = notebook.metadata.papermill["duration"]
+    publish(notebook, job, digest, seconds, output)
+    return seconds
+
+
+def publish(notebook: Any, job: Job, digest: str, seconds: float, output: Path) -> None:
+    """Put an executed notebook in place of the chapter's last page.
+
+    digest: of what it was made from; output: a file to be moved.
+    """
     notebook.metadata["kdlib"] = asdict(job) | {
         "dataset": job.dataset,
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "digest": digest,
     }
-    # The last page stays until the new one is complete.
+    # The last page stays until the new one is complete. As it will be read, so that a digest fits.
     write_notebook(clean(notebook), output)
+    notebook = read_notebook(output)
+    notebook.metadata["kdlib"]["content"] = digest_of(notebook)
+    write_notebook(notebook, output)
     job.page.parent.mkdir(parents=True, exist_ok=True)
     os.replace(output, job.page)
-    return seconds
+
+
+def is_up_to_date(job: Job) -> bool:
+    """Whether a chapter has a whole page of these sources and parameters."""
+    with contextlib.suppress(BookError):
+        return bool(made(job.page).get("digest") == digest_of_sources(job))
+    return False
 
 
 def _fault(job: Job, page: Path, process: subprocess.Popen[bytes]) -> str:
@@ -271,7 +289,7 @@ def clean(notebook: Any) -> Any:
     return notebook
 
 
-def _digest(job: Job) -> str:
+def digest_of_sources(job: Job) -> str:
     """A digest of all that an executed page depends on."""
     notebook = json.loads(job.source.read_text(encoding="utf-8"))
     cells = [(cell["cell_type"], cell["source"], cell["metadata"]) for cell in notebook["cells"]]

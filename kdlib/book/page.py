@@ -7,6 +7,7 @@ import ast
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def check_parameters(
     # One list, so that all of them are refused in one way.
     rules = [
         *((name, given, _choice(allowed)) for name, (given, allowed) in named.items()),
+        ("device", device, check.Rule("text, such as 'auto' or 'cpu'", str.strip)),
         ("seed", seed, check.whole()),
         *((name, given, check.POSITIVE) for name, given in (positive or {}).items()),
         *((name, given, check.COUNT) for name, given in (count or {}).items()),
@@ -78,15 +80,16 @@ def _check(name: str, given: Any, rule: check.Rule) -> None:
 def listed(value: Any) -> list[Any]:
     """A parameter that is a list; `papermill -p NAME '[1, 4]'` gives it as text.
 
-    Raises ValueError for what is no list.
+    Raises ValueError for what is no list of numbers.
     """
     # Not eval: a parameter is data, whoever gives it.
     try:
         found = ast.literal_eval(value) if isinstance(value, str) else value
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         found = None
-    if not isinstance(found, list | tuple):
-        raise ValueError(f"got {value!r}: expected a list such as [1, 4, 20]")
+    # Numbers, since a chapter may sort them before it checks them.
+    if not isinstance(found, list | tuple) or not all(isinstance(item, Real) for item in found):
+        raise ValueError(f"got {check.shown(value)}: expected a list such as [1, 4, 20]")
     return list(found)
 
 

@@ -249,7 +249,10 @@ def _write(place: Path, content: dict[str, Any]) -> Path:
 
 
 def _read(place: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        content = {}
     if content.pop("digest", None) != files.digest(content):
         raise ValueError(
             f"{place} was changed by hand: write it again with `kdlib reference record`"

@@ -19,11 +19,13 @@ def build(profile: str | None = None) -> Path:
     """Render the site into _build/html; its index page.
 
     profile: of the executed pages that are shown; by default each chapter's latest.
-    The old site stays until the new one is whole. Raises BookError when a page holds an error
-    or Jupyter Book complains of anything.
+    The old site stays until the new one is whole. Raises BookError when a page is damaged, holds
+    an error or Jupyter Book complains of anything.
     """
     work = root() / "_build"
     work.mkdir(exist_ok=True)
+    for page in pages(profile).values():
+        made(page)
     # A name that the next execution removes, should this process be killed.
     with tempfile.TemporaryDirectory(dir=work, prefix=f".run-{os.getpid()}-") as folder:
         finished = subprocess.run(
