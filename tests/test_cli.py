@@ -554,7 +554,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 
 def test_a_page_is_outdated_by_its_source_its_parameters_and_the_reference(root: Path) -> None:
     def digest(**given: str) -> str:
-        return execute._digest(chapters.jobs(["01_first"], "quick", given)[0][0])
+        return execute.digest_of_sources(chapters.jobs(["01_first"], "quick", given)[0][0])
 
     first = digest()
     assert digest() == first
