@@ -1,6 +1,7 @@
 """Registered networks that change between calls: never another one's run."""
 
 import functools
+import os
 import random
 import types
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torture.ordeal import Lost, Tally, Wrong
 VALUES = [0.5, 1.0, 1.25]
 # What stands in braces is written into the source; the rest is changed from outside.
 SOURCE = """
+import os
 import torch
 from torch import nn
 NUMBER = 1.0
@@ -37,7 +39,7 @@ class Own(Base):
     def __init__(self, given):
         super().__init__()
         self.layer, self.given, self.calls = nn.Linear(784, 10), given, 0
-        self.register_buffer("kept", torch.tensor({in_a_buffer}))
+        self.register_buffer("kept", torch.tensor(float(os.environ["TORTURE_BUFFER"])))
     def forward(self, images):
         self.calls += 1
         logits = self.layer(images.flatten(-3))
@@ -47,7 +49,7 @@ class Own(Base):
         logits = helper(logits) * NUMBER * sum(LISTED[n] for n in range(1)) * unused()
         return logits * self.factor * self.doubled * self.scale * self.given() * self.kept
 """
-IN_SOURCE = ["in_a_function", "in_a_lambda", "in_a_property", "in_a_buffer"]
+IN_SOURCE = ["in_a_function", "in_a_lambda", "in_a_property"]
 
 
 class Variant:
@@ -65,7 +67,8 @@ class Variant:
         self.listed, self.nested = [1.0], {"a": {"b": [1.0]}}
         self.tensor, self.array = torch.tensor(1.0), torch.ones(3).numpy()
         self.object = types.SimpleNamespace(gain=1.0)
-        space, listed, nested, tensor = self.space, self.listed, self.nested, self.tensor
+        # Not the whole name space: its globals are to be found by what reads them.
+        own, listed, nested, tensor = self.space["Own"], self.listed, self.nested, self.tensor
         array, thing = self.array, self.object
         number = 1.0
 
@@ -78,7 +81,7 @@ class Variant:
 
         def factory(gain: float = 1.0) -> nn.Module:
             # Read as late as the rest: a value of the network's own would be seen at once.
-            made: nn.Module = space["Own"](lambda: inner() * float(tensor) * thing.gain * gain)
+            made: nn.Module = own(lambda: inner() * float(tensor) * thing.gain * gain)
             return made
 
         self.rebind, self.factory = rebind, factory
@@ -100,6 +103,8 @@ class Variant:
             "closure's dictionary": lambda value: self.nested["a"]["b"].__setitem__(0, value),
             "closure's tensor": lambda value: self.tensor.fill_(value) and None,
             "closure's array": lambda value: self.array.__setitem__(1, value),
+            # What no code shows: the buffer itself has to be read.
+            "buffer": lambda value: os.environ.update(TORTURE_BUFFER=str(value)),
             "closure's object": lambda value: setattr(self.object, "gain", value),
         }
 
