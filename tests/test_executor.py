@@ -245,7 +245,7 @@ def test_a_worker_that_would_train_another_network_is_an_error(
 def test_a_worker_with_other_code_or_data_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with ProcessPoolExecutor(1, FORK) as executor:
         executor.submit(os.getpid).result()
-        monkeypatch.setattr(keys, "codedigest_of_sources", lambda: "other code")
+        monkeypatch.setattr(keys, "code_digest", lambda: "other code")
         with pytest.raises(RuntimeError, match="their keys differ"):
             kdlib.train_all([SMALL], "cpu", executor=executor)
     assert store.stored() == []

@@ -53,7 +53,7 @@ def test_all_that_decides_a_run_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -
         found.add(keys.key(student, torch.device("cuda")))
     data.register("blobs", lambda: blobs(noise=61))
     found.add(keys.key(student, CPU))
-    monkeypatch.setattr(keys, "codedigest_of_sources", lambda: "other code")
+    monkeypatch.setattr(keys, "code_digest", lambda: "other code")
     found.add(keys.key(student, CPU))
     assert len(found) == 7
 

@@ -141,7 +141,7 @@ def test_what_cannot_be_recorded_is_refused(store: Path, monkeypatch: pytest.Mon
     keep("full", made)
     with pytest.raises(ValueError, match="no commit is known"):
         reference.record(CHAPTER)
-    monkeypatch.setattr(reference, "codedigest_of_sources", lambda: "other")
+    monkeypatch.setattr(reference, "code_digest", lambda: "other")
     with pytest.raises(ValueError, match="has changed"):
         reference.record(CHAPTER, commit="c0ffee")
     with pytest.raises(ValueError, match="outside of a notebook"):

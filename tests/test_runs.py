@@ -905,7 +905,7 @@ def test_a_checkpoint_from_other_code_is_left_alone(
     process_ends = exit_codes(process(work_and_die, "alone", "save_checkpoint", 3))
     assert process_ends == [-signal.SIGKILL]
     with monkeypatch.context() as patch:
-        patch.setattr(keys, "codedigest_of_sources", lambda: "other code")
+        patch.setattr(keys, "code_digest", lambda: "other code")
         with pytest.warns(UserWarning, match=r"other training code.*not used.*runs --prune"):
             kdlib.train(INTERRUPTED["alone"][0][0], "cpu")
     assert len(trained) == 60
