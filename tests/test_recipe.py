@@ -248,7 +248,8 @@ def test_recorded_recipes_read_and_keep_their_keys(path: Path) -> None:
     rows = record.get("rows", {"network": [record]}).values()
     # A row of plain values has no recipe.
     fields = [line["recipe"] for lines in rows for line in lines if line.get("recipe")]
-    assert fields
+    # Chapter 9's networks are no recipes' at all.
+    assert fields or path.stem == "09_reasoning"
     for recorded in fields:
         text = json.dumps(recorded, sort_keys=True)
         assert Recipe.from_dict(recorded).key == hashlib.sha256(text.encode()).hexdigest()[:16]
