@@ -309,6 +309,7 @@ def put(page: Any, clone: Clone, chapter: str) -> None:
     """Put an executed page into a clone."""
     executed = clone.root / "_build/executed/quick" / f"{chapter}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
+    page.metadata["kdlib"].pop("content", None)  # changed here, after it was put in place
     nbformat.write(page, executed)
 
 
