@@ -394,7 +394,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: Clone) -> Clon
 
 
 def test_a_page_with_an_error_is_never_published(small: Clone) -> None:
-    ((chapter, path),) = book.pages().items()
+    ((_chapter, path),) = book.pages().items()
     page = nbformat.read(path, as_version=4)
     (cell, *_) = (cell for cell in page.cells if cell.cell_type == "code")
     error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
