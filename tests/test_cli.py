@@ -257,6 +257,21 @@ def test_parameters_reach_the_chapters_that_have_them(root: Path) -> None:
 
 
 @pytest.mark.chain
+def test_a_chapter_edited_while_it_runs_is_out_of_date(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = root / "book/01_first.ipynb"
+    edit = f"import pathlib\npath = pathlib.Path({str(path)!r})\n"
+    edit += "path.write_text(path.read_text().replace('# A chapter', '# Another'))"
+    write(root, "01_first", edit)
+    told = []
+    for _ in range(3):
+        assert cli.main(["run", "01_first"]) == 0
+        told.append("up to date" in capsys.readouterr().out)
+    assert told == [False, False, True]
+
+
+@pytest.mark.chain
 def test_a_page_tells_how_it_was_made_but_not_where(root: Path) -> None:
     assert cli.main(["run", "--profile", "smoke"]) == 0
     path = root / "_build/executed/smoke/01_first.ipynb"

@@ -146,13 +146,13 @@ def execute(jobs: list[Job], many: int, tell: Callable[[str], None], *, force: b
         while running or (waiting and not failed):
             if waiting and not failed and len(running) < many:
                 job = waiting.pop(0)
-                # Taken now: whoever edits a chapter while it runs gets a page of the old text.
-                digest = digest_of_sources(job)
                 if not force and is_up_to_date(job):
                     # The page asked for last is the one that is published.
                     os.utime(job.page)
                     tell(f"{job.chapter}: up to date")
                 else:
+                    # Taken first: who edits a chapter while it runs gets a page of the old text.
+                    digest = digest_of_sources(job)
                     running[place.papermill(job, job.source)] = job, digest
                 continue
             # Nothing waits for the first of several processes on every system: look now and then.
