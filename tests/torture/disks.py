@@ -101,7 +101,7 @@ def a_full_one(rng: random.Random, folder: Path) -> None:
     usual = kills.undisturbed("one", recipes, stack, folder / "undisturbed")
     # At most a little more than the call takes.
     room = rng.randrange(0, 600_000)
-    # A disk that is full of checkpoints is never asked to hold a run. Without one, what is left of a
+    # A disk that is full of checkpoints is never asked to hold a run. Without one, the rest of a
     # stack is trained alone, whose bits are not those of a stack.
     often = rng.choice([0.0, 1e9]) if stack is None else 0.0
     on_a_disk_of_its_own(fill_and_train, folder, recipes, stack, usual.made, room, often)
