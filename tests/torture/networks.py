@@ -111,7 +111,7 @@ class Variant:
     def turn(self, rng: random.Random) -> str:
         """Change one part; its name."""
         name = rng.choice([*self.knobs])
-        self.knobs[name] = rng.choice(VALUES)
+        self.knobs[name] = rng.choice([value for value in VALUES if value != self.knobs[name]])
         if name in IN_SOURCE or rng.random() < 0.2:
             self.register()
         else:
@@ -127,7 +127,7 @@ def that_change(rng: random.Random, folder: Path, budget: float) -> Tally:
 
 def a_network(rng: random.Random, folder: Path) -> int:
     """Train a network again and again, changed in one part each time, sometimes back."""
-    variant = Variant(after=rng.choice([0, 10**6]))
+    variant = Variant(after=rng.choice([0, 10**6, 10**6, 10**6]))
     recipe = kdlib.Recipe("own", dataset="blobs", steps=2, batch_size=20, seed=rng.randrange(9))
     known: dict[str, str] = {}
     calls, name = 15, "nothing"
