@@ -2,8 +2,8 @@
 
 The file takes images as the datasets have them, uint8 (N, height, width), 0 for paper and 255 for
 ink, and returns logits, float32 (N, classes), for batches of any size. Dividing by 255 is part of
-the file; centring a digit as MNIST does is left to the caller. The chapter that explains it is in
-`drafts/`.
+the file; centring a digit as MNIST does is left to the caller. Introduced in
+chapter 10.
 """
 
 import contextlib
