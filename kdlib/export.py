@@ -129,7 +129,7 @@ def session(content: bytes, threads: int = 1) -> Any:
 
 def logits(content: bytes, images: Tensor) -> Tensor:
     """The logits (N, classes) that an ONNX file's content gives for images."""
-    found = session(content).run(None, {"images": images.cpu().numpy()})[0]
+    found = session(content, torch.get_num_threads()).run(None, {"images": images.cpu().numpy()})[0]
     return torch.from_numpy(found)
 
 
