@@ -36,8 +36,8 @@ def check_parameters(
 ) -> None:
     """Raise ValueError for the first bad parameter: its name, its value, what was expected.
 
-    positive: name -> a number above 0, up to a million; count: a whole number from 1; fraction: a number
-    from 0 to 1; in each, a list is checked item by item and must not be empty.
+    positive: name -> a number above 0, up to a million; count: a whole number from 1;
+    fraction: a number from 0 to 1; in each, a list is checked item by item and must not be empty.
     Further keywords: name = (value, the values that are allowed).
     """
     named = {"profile": (profile, PROFILES), "dataset": (dataset, data.names()), **choices}
