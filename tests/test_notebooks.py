@@ -219,3 +219,17 @@ def test_nbval_runs_every_chapter_with_the_smoke_parameters(
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed
     assert int(passed[1]) > cells
+
+
+def test_the_forty_lines_are_chapter_1s() -> None:
+    cells = [cell.source for cell in code(read(ROOT / "book/01_why_distil.ipynb"))]
+    first, last = (
+        next(at for at, source in enumerate(cells) if source.startswith(start))
+        for start in ("train_set =", "errors = ")
+    )
+    script = (ROOT / "book/_static/forty_lines.py").read_text(encoding="utf-8")
+    # All of the code from the data to the errors; the script adds its settings and a print.
+    shown = [line for source in cells[first : last + 1] for line in source.split("\n") if line]
+    copied = script[script.index("train_set =") : script.index("\nprint(")]
+    assert [line for line in copied.split("\n") if line] == shown
+    assert len(shown) <= 40

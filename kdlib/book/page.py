@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from IPython.display import Markdown
 
-from kdlib import check, data
+from kdlib import check, data, losses
 from kdlib.provenance import processor, version
 
 PROFILES = ("smoke", "quick", "full")
 Values = Mapping[str, Any]
+# A rate or factor above is a slip, and a temperature above is refused by the soft loss.
+_POSITIVE = check.number(0, losses.HIGHEST_IN_FLOAT64, ends="(]")
 
 
 def check_parameters(
@@ -34,8 +36,8 @@ def check_parameters(
 ) -> None:
     """Raise ValueError for the first bad parameter: its name, its value, what was expected.
 
-    positive: name -> a number above 0; count: a whole number from 1; fraction: a number
-    from 0 to 1; in each, a list is checked item by item and must not be empty.
+    positive: name -> a number above 0, up to a million; count: a whole number from 1;
+    fraction: a number from 0 to 1; in each, a list is checked item by item and must not be empty.
     Further keywords: name = (value, the values that are allowed).
     """
     named = {"profile": (profile, PROFILES), "dataset": (dataset, data.names()), **choices}
@@ -44,7 +46,7 @@ def check_parameters(
         *((name, given, _choice(allowed)) for name, (given, allowed) in named.items()),
         ("device", device, check.Rule("text, such as 'auto' or 'cpu'", str.strip)),
         ("seed", seed, check.whole()),
-        *((name, given, check.POSITIVE) for name, given in (positive or {}).items()),
+        *((name, given, _POSITIVE) for name, given in (positive or {}).items()),
         *((name, given, check.COUNT) for name, given in (count or {}).items()),
         *((name, given, check.number(0, 1)) for name, given in (fraction or {}).items()),
     ]
