@@ -92,7 +92,8 @@ def read(key: str) -> tuple[dict[str, Any], Weights] | None:
         and record.get("key") == key
         and record.get("weights") == hashlib.sha256(content).hexdigest()
     ):
-        return record, load(content)
+        # safetensors gives them in another order each time.
+        return record, dict(sorted(load(content).items()))
     warnings.warn(f"the stored run {folder() / key} is damaged: it is trained again", stacklevel=2)
     return None
 

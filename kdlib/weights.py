@@ -46,7 +46,7 @@ def pretrained(name: str, device: str | torch.device = "auto", *, folder: Path =
     return Run(
         recipe=Recipe.from_dict(record["recipe"]),
         curves={},
-        weights={key: value.float() for key, value in load(content).items()},
+        weights={key: value.float() for key, value in sorted(load(content).items())},
         cached=True,
         device=data.resolve_device(device),
         **{field: record[field] for field in ("metrics", "seconds", "provenance")},

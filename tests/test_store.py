@@ -50,6 +50,14 @@ def is_whole(found: tuple[dict[str, Any], dict[str, Tensor]] | None) -> bool:
     )
 
 
+def test_the_weights_come_in_one_order() -> None:
+    store.write("key", RECORD, {name: torch.zeros(1) for name in "fdbaec"})
+    for _ in range(3):
+        found = store.read("key")
+        assert found is not None
+        assert list(found[1]) == list("abcdef")
+
+
 def visible() -> list[str]:
     return sorted(path.name for path in store.folder().glob("[!.]*"))
 

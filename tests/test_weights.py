@@ -21,6 +21,7 @@ def test_what_is_kept_comes_back_rounded(run: kdlib.Run, tmp_path: Path) -> None
     back = weights.pretrained("small", "cpu", folder=tmp_path)
     assert back.recipe == run.recipe
     assert back.provenance == run.provenance
+    assert list(back.weights) == list(run.weights)
     for name, value in run.weights.items():
         assert back.weights[name].dtype == torch.float32
         assert torch.equal(back.weights[name], value.half().float())
