@@ -90,6 +90,8 @@ def quantised(
             quantization.quantize_dynamic(prepared, target, **kinds)
         else:
             kinds |= {"activation_type": quantization.QuantType.QUInt8, "per_channel": True}
+            # Else a layer's outputs would be rounded too, before the ReLU and as logits.
+            kinds["extra_options"] = {"OpTypesToExcludeOutputQuantization": list(operators)}
             quantization.quantize_static(prepared, target, _Batches(calibration), **kinds)
         return Path(target).read_bytes()
 
