@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,14 +178,31 @@ class _Level:
         processes = min(workers.count(self.device, self.threads), len(groups))
         if processes < 2:
             return self._train(groups, workers.InTurn(), _train_here)
-        # The teachers' logits, once, before there are several processes that need them.
-        with fast.threads(self.threads):
-            for recipe in self.missing:
-                if recipe.teacher and not recipe.jitter:
-                    group.answers(recipe, self.made)
+        self._answer(processes)
         with workers.side_by_side(processes) as pool:
             self._train(groups, pool, _train_here, processes)
         return None
+
+    def _answer(self, processes: int) -> None:
+        """Compute the teachers' logits, once, before there are processes that need them."""
+        wanted: dict[tuple[Run, str, str], tuple[str, str]] = {}
+        for recipe in self.missing:
+            split = "train" if recipe.validation else "full"
+            name = data.load(recipe.dataset, self.device).digest, split
+            # With jitter the teacher sees each batch.
+            for teacher in () if recipe.jitter else recipe.teacher:
+                if name not in self.made[teacher]._logits:
+                    wanted[self.made[teacher], split, recipe.dataset] = name
+        if not wanted:
+            return
+        # Logits that a worker fails to give are computed where they are needed.
+        with (
+            contextlib.suppress(BrokenExecutor),
+            workers.side_by_side(min(processes, len(wanted))) as pool,
+        ):
+            found = {asked: pool.submit(_logits, *asked) for asked in wanted}
+            for asked, future in found.items():
+                asked[0]._logits[wanted[asked]] = torch.from_numpy(future.result())
 
     def _train(
         self, groups: list[list[Recipe]], pool: Executor, work: Callable[..., Any], count: int = 1
@@ -312,6 +330,12 @@ def _train_here(job: _Job) -> list[bool]:
                 _keep(*each)
         store.drop_checkpoint(job.names)
     return [False] * len(job.names)
+
+
+def _logits(run: Run, split: str, dataset: str) -> np.ndarray:
+    """A run's logits, computed in a worker. NumPy's, since a tensor is not sent but shared."""
+    with slots.taken(run.threads):
+        return run.logits(split, dataset).numpy()
 
 
 def _train_elsewhere(job: _Job) -> list[group.Trained]:
