@@ -55,6 +55,7 @@ def refused(root: Path, capsys: pytest.CaptureFixture[str]) -> Told:
         assert not (root / "_build").exists()
         assert said.out == ""
         assert said.err.startswith("kdlib: ")
+        assert said.err.count("\n") == 1
         return said.err
 
     return run
@@ -83,7 +84,7 @@ def pages(root: Path) -> list[str]:
         ("01_frist", "unknown chapter '01_frist': did you mean '01_first'?"),
         ("-p sede 3", "no chosen chapter has a parameter 'sede': did you mean 'seed'?"),
         ("02 -p rate 1", "no chosen chapter has a parameter 'rate'"),
-        ("-p profile full", "--profile full"),
+        ("-p profile full", "--profile NAME, not with -p"),
         ("--jobs 0", "--jobs is 0: expected a whole number, 1 or more"),
     ],
 )
@@ -109,6 +110,11 @@ def test_a_wrong_type_is_refused(name: str, value: str, expected: str, refused: 
         rf"0\d_\w+: parameter {name} is .*: expected {re.escape(expected)}",
         refused("run", "-p", name, value),
     )
+
+
+@pytest.mark.parametrize("name", ["profile", "seed", "two\nlines"])
+def test_a_value_of_two_lines_is_refused_in_one(name: str, refused: Told) -> None:
+    refused("run", "-p", name, "two\nlines")
 
 
 @pytest.mark.parametrize(

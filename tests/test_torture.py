@@ -1,5 +1,6 @@
 """A short torture: each kind of it, with a fixed seed. `make torture` is the long one."""
 
+import functools
 import os
 import random
 import sys
@@ -13,6 +14,7 @@ from torture.ordeal import Tally
 
 from benchmarks import report
 from kdlib import data, models
+from kdlib.book import chapters
 
 SHORT = [
     (kills.in_one_process, 1),
@@ -63,6 +65,16 @@ def test_nothing_is_lost_and_nothing_is_wrong(
     assert tally.tried >= times
     assert (tally.lost, tally.wrong) == (0, 0)
     assert tally.survived == tally.tried
+
+
+def test_a_chapter_names_each_bad_parameter(tmp_path: Path) -> None:
+    with inputs.in_the_book(tmp_path):
+        for chapter in chapters.chapters():
+            for name in chapters.defaults(chapter):
+                for bad in (None, -1.5, "x"):
+                    given = {name: bad}
+                    begin = functools.partial(inputs.begin, chapter, given)
+                    inputs.refuses(begin, name, f"{chapter}: {given}")
 
 
 def test_the_table_adds_up() -> None:

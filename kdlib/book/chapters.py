@@ -172,7 +172,7 @@ def jobs(chosen: list[str], profile: str, given: dict[str, str]) -> tuple[list[J
     known = {chapter: defaults(chapter) for chapter in chosen}
     everywhere = sorted({name for values in known.values() for name in values})
     if "profile" in given:
-        raise BookError(f"a profile is chosen with --profile {given['profile']}, not with -p")
+        raise BookError("a profile is chosen with --profile NAME, not with -p profile")
     for name in given:
         if name not in everywhere:
             near = _nearest(name, everywhere)
