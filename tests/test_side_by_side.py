@@ -17,7 +17,7 @@ import torch
 from helpers import exit_codes, process
 
 import kdlib
-from kdlib import group, models, runs, slots, store, workers
+from kdlib import group, loop, models, runs, slots, store, workers
 from kdlib.store import StoreError
 
 pytestmark = pytest.mark.skipif(
@@ -52,9 +52,23 @@ def test_runs_side_by_side_are_those_of_one_process(monkeypatch: pytest.MonkeyPa
     assert all(run.cached for run in kdlib.train_all(students, "cpu"))
     store.prune([entry.key for entry in store.stored() if entry.recipe["teacher"]])
     monkeypatch.setattr(slots, "cores", lambda: 1)
+    runs._known_logits.cache_clear()  # the teacher's, which came from a worker
     assert all(map(same, made, kdlib.train_all(students, "cpu")))
     assert len(workers_seen) == 5
     assert not multiprocessing.active_children()
+
+
+def test_teachers_give_their_logits_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_here, predict = [], loop.predict
+    monkeypatch.setattr(loop, "predict", lambda *given: asked_here.append(1) or predict(*given))
+    students = [recipe.distil(recipe, temperature=4.0) for recipe in RECIPES]
+    kdlib.train_all(RECIPES, "cpu")
+    kdlib.train_all(students, "cpu")
+    assert not asked_here
+    known = [[*kdlib.train(recipe, "cpu")._logits.values()] for recipe in RECIPES]
+    runs._known_logits.cache_clear()
+    for (found,), recipe in zip(known, RECIPES, strict=True):
+        assert torch.equal(found, kdlib.train(recipe, "cpu").logits("full"))
 
 
 def test_what_is_left_of_an_interrupted_call_gets_the_same_bits() -> None:
