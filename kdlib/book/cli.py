@@ -2,7 +2,7 @@
 
 examples:
   kdlib run                                        all chapters, at a laptop's scale
-  kdlib run --profile smoke                        the whole chain in two minutes
+  kdlib run --profile smoke                        the whole chain in about four minutes
   kdlib run 03_temperature -p temperatures '[1, 4, 20]' -p seed 3
   kdlib run --plan                                 what would be trained, and how long it takes
   kdlib build                                      the site, from what has been executed
