@@ -169,6 +169,8 @@ def test_a_page_prints_no_warning_and_names_no_place(path: Path, chain: Clone) -
             shown = str({k: v for k, v in output.get("data", output).items() if "image" not in k})
             for place in (str(ROOT), str(chain.root), str(Path.home())):
                 assert place not in shown, cell.id
+            # A call as a cell's last line shows what it returns, such as hundreds of runs.
+            assert len(output.get("text", output.get("data", {}).get("text/plain", ""))) < 5000
 
 
 @pytest.mark.chain
