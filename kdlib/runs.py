@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import pickle
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from kdlib.precision import settings
 from kdlib.recipe import Recipe
 
 CHECKPOINT_SECONDS = 30.0
+LONGEST_SILENCE = 10.0  # seconds without a result, after which a pool's workers are looked at
 ROUNDS = 10  # of training runs again that another process prunes as they are made
 
 
@@ -185,24 +187,30 @@ class _Level:
 
     def _answer(self, processes: int) -> None:
         """Compute the teachers' logits, once, before there are processes that need them."""
-        wanted: dict[tuple[Run, str, str], tuple[str, str]] = {}
+        wanted: dict[tuple[Recipe, str, str], tuple[str, str]] = {}
         for recipe in self.missing:
             split = "train" if recipe.validation else "full"
             name = data.load(recipe.dataset, self.device).digest, split
             # With jitter the teacher sees each batch.
             for teacher in () if recipe.jitter else recipe.teacher:
                 if name not in self.made[teacher]._logits:
-                    wanted[self.made[teacher], split, recipe.dataset] = name
+                    wanted[teacher, split, recipe.dataset] = name
         if not wanted:
             return
-        # Logits that a worker fails to give are computed where they are needed.
+        # Logits that a worker fails to give are computed where they are needed. In files, since
+        # Python would wait forever for a worker that dies while it sends so much.
         with (
-            contextlib.suppress(BrokenExecutor),
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.suppress(BrokenExecutor, OSError),
             workers.side_by_side(min(processes, len(wanted))) as pool,
         ):
-            found = {asked: pool.submit(_logits, *asked) for asked in wanted}
+            found = {
+                asked: pool.submit(_logits, *asked, self.device, self.threads, f"{folder}/{at}.npy")
+                for at, asked in enumerate(wanted)
+            }
             for asked, future in found.items():
-                asked[0]._logits[wanted[asked]] = torch.from_numpy(future.result())
+                logits = torch.from_numpy(np.load(future.result()))
+                self.made[asked[0]]._logits[wanted[asked]] = logits
 
     def _train(
         self, groups: list[list[Recipe]], pool: Executor, work: Callable[..., Any], count: int = 1
@@ -220,7 +228,7 @@ class _Level:
             # The pool is broken or shut down, and takes no further work.
             failure = error
         with progress.of_groups(sum(map(len, groups)), count) as show:
-            for future in as_completed(waiting):
+            for future in _as_completed(set(waiting), pool):
                 try:
                     results = future.result()
                 except Exception as error:
@@ -259,6 +267,15 @@ class _Level:
         found = store.read(self.names[recipe])
         if found:
             self.made[recipe] = _run(recipe, found, cached, self.device, self.threads)
+
+
+def _as_completed(waiting: set[Future[Any]], pool: Executor) -> Iterator[Future[Any]]:
+    """Futures as they are done; those of a pool that has lost a worker fail, sooner or later."""
+    while waiting:
+        done, waiting = wait(waiting, LONGEST_SILENCE, FIRST_COMPLETED)
+        if not done:
+            workers.end_if_broken(pool)
+        yield from done
 
 
 def _cut(
@@ -332,10 +349,13 @@ def _train_here(job: _Job) -> list[bool]:
     return [False] * len(job.names)
 
 
-def _logits(run: Run, split: str, dataset: str) -> np.ndarray:
-    """A run's logits, computed in a worker. NumPy's, since a tensor is not sent but shared."""
-    with slots.taken(run.threads):
-        return run.logits(split, dataset).numpy()
+def _logits(
+    recipe: Recipe, split: str, dataset: str, device: torch.device, threads: int, path: str
+) -> str:
+    """In a worker: compute a stored run's logits into a file; its path."""
+    with slots.taken(threads):
+        np.save(path, train(recipe, device, threads=threads).logits(split, dataset).numpy())
+    return path
 
 
 def _train_elsewhere(job: _Job) -> list[group.Trained]:

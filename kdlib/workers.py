@@ -76,6 +76,19 @@ def side_by_side(processes: int) -> Iterator[Executor]:
         reader.close()
 
 
+def end_if_broken(pool: Executor) -> None:
+    """End a process pool that has lost a worker and has not noticed it.
+
+    Where a worker is killed while it sends a result, Python (as of 3.13) waits for the rest of
+    it, forever. When nobody can write into the pipe any more, the pool breaks as it should.
+    """
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    if any(process.exitcode for process in processes):
+        for process in processes:
+            process.kill()
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
+
+
 def _begin(reader: Connection, writer: Connection) -> None:
     """In a new worker, before its first training."""
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from helpers import blobs
 from torch import Tensor, nn
 
 import kdlib
-from kdlib import data, keys, models, store
+from kdlib import data, keys, models, runs, store
 
 SMALL = kdlib.Recipe("mlp-8", dataset="mnist-5k", epochs=1)
 RECIPES = [SMALL.replace(seed=seed) for seed in range(5)]
@@ -42,6 +42,37 @@ class BreakingPool(ProcessPoolExecutor):
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
         return super().submit(die_at_seed_3, work, *args)
+
+
+def die_while_sending_seed_3(work: Callable[..., Any], job: Any) -> Any:
+    if job.members[0].seed == 3:
+        frame: Any = sys._getframe()
+        while "result_queue" not in frame.f_locals:
+            frame = frame.f_back
+        # The length of a result, and nothing of the result itself.
+        os.write(frame.f_locals["result_queue"]._writer.fileno(), (1000).to_bytes(4))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(job)
+
+
+class ChokingPool(ProcessPoolExecutor):
+    """A pool whose worker is killed in the middle of the result of seed 3."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
+        return super().submit(die_while_sending_seed_3, work, *args)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are others there")
+def test_a_worker_killed_while_it_sends_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "LONGEST_SILENCE", 1.0)
+    with (
+        ChokingPool(2, SPAWN) as executor,
+        pytest.raises(RuntimeError, match=r"after \d of 5 runs.*new executor"),
+    ):
+        kdlib.train_all(RECIPES, "cpu", executor=executor, stack=1)
+    assert len(kdlib.train_all(RECIPES, "cpu")) == 5
 
 
 def test_a_worker_trains_what_this_process_stores() -> None:
