@@ -50,7 +50,9 @@ def die_while_sending_seed_3(work: Callable[..., Any], job: Any) -> Any:
         while "result_queue" not in frame.f_locals:
             frame = frame.f_back
         # The length of a result, and nothing of the result itself.
-        os.write(frame.f_locals["result_queue"]._writer.fileno(), (1000).to_bytes(4))
+        queue = frame.f_locals["result_queue"]
+        queue._wlock.acquire()
+        os.write(queue._writer.fileno(), (1000).to_bytes(4))
         os.kill(os.getpid(), signal.SIGKILL)
     return work(job)
 
