@@ -171,7 +171,8 @@ def _train(how: str, recipes: list[Recipe], stack: int | None, home: str, line: 
     with contextlib.ExitStack() as entered:
         if how == "executor":
             context = multiprocessing.get_context("fork")
-            options["executor"] = entered.enter_context(ProcessPoolExecutor(2, context))
+            options["executor"] = pool = ProcessPoolExecutor(2, context)
+            entered.callback(_end, pool)
         sys.addaudithook(partial(_tell, line, home))
         line.send(("begun", None))
         try:
@@ -179,6 +180,14 @@ def _train(how: str, recipes: list[Recipe], stack: int | None, home: str, line: 
             line.send(("made", [(ordeal.bits(run), run.cached) for run in made]))
         except Exception as error:
             line.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a caller's pool after the call. Its own shutdown, Python's, waits forever where an idle
+    worker is killed as it begins: the others wait for a lock that the dead one holds."""
+    for worker in list((pool._processes or {}).values()):
+        worker.kill()
+    pool.shutdown(wait=False)
 
 
 def _tell(line: Connection, home: str, event: str, arguments: tuple[Any, ...]) -> None:
