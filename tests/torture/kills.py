@@ -187,7 +187,7 @@ def _end(pool: ProcessPoolExecutor) -> None:
     worker is killed as it begins: the others wait for a lock that the dead one holds."""
     for worker in list((pool._processes or {}).values()):
         worker.kill()
-    pool.shutdown(wait=False)
+    pool.shutdown()
 
 
 def _tell(line: Connection, home: str, event: str, arguments: tuple[Any, ...]) -> None:
