@@ -2,8 +2,7 @@
 
 The file takes images as the datasets have them, uint8 (N, height, width), 0 for paper and 255 for
 ink, and returns logits, float32 (N, classes), for batches of any size. Dividing by 255 is part of
-the file; centring a digit as MNIST does is left to the caller. Introduced in
-chapter 10.
+the file; centring a digit as MNIST does is left to the caller. Introduced in chapter 10.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from kdlib.recipe import Recipe
 TOLERANCE = 1e-4
 # An int8 file that gives another answer more often than this is not written.
 LEAST_AGREEMENT = 0.95
-# Quantised by default. A dynamically quantised convolution is slower than float32.
+# Quantised by default. A dynamically quantised convolution is slower than float32 (chapter 10).
 LINEAR = ("MatMul", "Gemm")
 
 
