@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -74,6 +74,18 @@ def side_by_side(processes: int) -> Iterator[Executor]:
         writer.close()
         pool.shutdown(cancel_futures=True)
         reader.close()
+
+
+def for_each(job: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
+    """job(task) for every task, in their order: side by side where `count` allows it.
+
+    A job computes with one thread, and returns what can be pickled.
+    """
+    processes = min(count(torch.device("cpu"), 1), len(tasks))
+    if processes < 2:
+        return [job(task) for task in tasks]
+    with side_by_side(processes) as pool:
+        return list(pool.map(job, tasks))
 
 
 def end_if_broken(pool: Executor) -> None:

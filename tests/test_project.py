@@ -182,8 +182,12 @@ def test_each_candidate_changes_what_it_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
     short = ["--length", "0.001", "--dataset", "mnist-5k", "--seeds", "2"]
-    beyond.main(["try", "--only", "fp32", *short])
-    assert capsys.readouterr().out.startswith("student: fp32 ")
+    for part, rows in {"fp32": 2, "last tenth": 1}.items():
+        beyond.main(["try", "--only", part, "--commit", "c0ffee", *short])
+        tried = reference.results(beyond.CHAPTER, beyond.TRIED)
+        assert len(tried) == rows
+        assert all({"validation_errors"} <= run.metrics.keys() for r in tried.values() for run in r)
+        assert f"student: {part}" in capsys.readouterr().out
     beyond.main(["record", "student: fp32", "--commit", "c0ffee", *short])
     rows = reference.results(beyond.CHAPTER, beyond.PROFILE)
     assert {len(row) for row in rows.values()} == {2}

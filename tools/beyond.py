@@ -4,21 +4,26 @@
     python tools/beyond.py record NAME [--seeds 30]
 
 Each is a change of the modern recipe (`kdlib/paper.py`). `try` trains them on five sixths of the
-training digits and prints validation errors; the test digits are not looked at. `record` trains
-one of them on all digits, seed by seed, and records it beside the reference run. Every finished
-training is in the store, so an interrupted command goes on when it is given again. --length
-shortens all of them, for a test.
+training digits, prints validation errors, and records them as book/reference/tried; the test
+digits decide nothing. `record` trains one of them on all digits, seed by seed, and records it
+beside the reference run. Every finished training is in the store, so an interrupted command goes
+on when it is given again; only averaged students are trained again. --length shortens all of
+them, for a test.
 """
 
 import argparse
 
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
 import kdlib
-from kdlib import evaluate
+from kdlib import data, evaluate, group, loop, losses
 from kdlib.book import reference
 from kdlib.paper import PAPER
+from kdlib.provenance import provenance
 from kdlib.recipe import Recipe
 
-CHAPTER, PROFILE = "07_mnist_reproduction", "beyond"
+CHAPTER, PROFILE, TRIED = "07_mnist_reproduction", "beyond", "tried"
 NETWORKS = ("teacher", "distilled")
 # name -> what it changes: of which network, and how.
 CANDIDATES: dict[str, dict[str, dict[str, object]]] = {
@@ -41,6 +46,12 @@ CANDIDATES: dict[str, dict[str, dict[str, object]]] = {
     },
 }
 
+# name -> schedule, learning rate, and the share of the steps after which weights are averaged
+AVERAGED = {
+    "student: last tenth averaged": ("one-cycle", 0.1, 0.9),
+    "student: constant rate, last half averaged": ("constant", 0.05, 0.5),
+}
+
 
 def pair(name: str, seed: int, length: float = 1.0, **common: object) -> dict[str, Recipe]:
     """A candidate's teacher and student with one seed; length: the share of their epochs."""
@@ -55,22 +66,56 @@ def pair(name: str, seed: int, length: float = 1.0, **common: object) -> dict[st
     return made
 
 
-def attempt(names: list[str], seeds: int, length: float, **common: object) -> dict[str, dict]:
-    """Validation errors of each candidate: name -> network -> their spread."""
+def averaged(name: str, seed: int, length: float, **common: object) -> reference.Recorded:
+    """Validation errors of a student whose weights are averaged over the end of its training."""
+    schedule, rate, start = AVERAGED[name]
+    recipe = pair("as recorded", seed, length, validation=True, **common)["distilled"]
+    soft_targets = kdlib.train(recipe.teacher[0]).logits("train")
+    network = group.build(recipe).to(soft_targets.device)
+    mean = AveragedModel(network)
+    digits = data.load(recipe.dataset, soft_targets.device)
+
+    def on_report(state: loop.State) -> None:
+        if state.step > start * state.steps:
+            mean.update_parameters(state.model)
+
+    def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        return losses.distillation_loss(logits, taught, labels, temperature=20, hard_weight=0.1)
+
+    kdlib.fit(
+        network,
+        [digits.train.images, digits.train.labels, soft_targets],
+        loss,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=rate,
+        schedule=schedule,
+        precision=recipe.precision,
+        seed=seed,
+        report_every=50,
+        on_report=on_report,
+    )
+    errors = loop.count_errors(mean.eval(), digits.validation.images, digits.validation.labels)
+    origin = provenance(soft_targets.device, recipe.precision)
+    return reference.value("validation_errors", seed, errors, origin)
+
+
+def attempt(only: str, seeds: int, length: float, **common: object) -> reference.Rows:
+    """Train the candidates whose name has a part, for validation: "name: network" -> results."""
+    names = [name for name in CANDIDATES if only in name]
     wanted = {
-        name: [pair(name, seed, length, validation=True, **common) for seed in range(seeds)]
+        f"{name}: {network}": [
+            pair(name, seed, length, validation=True, **common)[network] for seed in range(seeds)
+        ]
         for name in names
+        for network in NETWORKS
     }
-    kdlib.train_all([r for pairs in wanted.values() for one in pairs for r in one.values()])
-    return {
-        name: {
-            network: evaluate.spread(
-                kdlib.train_all([one[network] for one in pairs]), "validation_errors"
-            )
-            for network in NETWORKS
-        }
-        for name, pairs in wanted.items()
-    }
+    # All in one call, so that they are trained together.
+    kdlib.train_all([recipe for recipes in wanted.values() for recipe in recipes])
+    rows: dict[str, list] = {name: kdlib.train_all(recipes) for name, recipes in wanted.items()}
+    for name in [name for name in AVERAGED if only in name]:
+        rows[name] = [averaged(name, seed, length, **common) for seed in range(seeds)]
+    return rows
 
 
 def write(
@@ -102,10 +147,12 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = given.seeds or 30
         write(given.name, seeds, given.length, given.commit, dataset=given.dataset)
         return
-    names = [name for name in CANDIDATES if given.only in name]
-    found = attempt(names, given.seeds or 4, given.length, dataset=given.dataset)
-    for name, networks in found.items():
-        print(f"{name:32}", *(f"{network} {spread}" for network, spread in networks.items()))
+    settings = {"seeds": given.seeds or 4, "length": given.length, "dataset": given.dataset}
+    rows = attempt(given.only, **settings)
+    for name, results in rows.items():
+        print(f"{name:46} {evaluate.spread(results, 'validation_errors')}")
+    reference.keep(CHAPTER, TRIED, rows, parameters={"only": given.only, **settings})
+    print(reference.record(CHAPTER, TRIED, given.commit))
 
 
 if __name__ == "__main__":
