@@ -312,9 +312,14 @@ def kdlib_in_turn(lesson: Lesson) -> Students:
     job, task, full = lesson.job, lesson.job.task, lesson.dataset.full
     taught = loop.predict(lesson.teacher, full.images)
     students = [lesson.student(run) for run in range(job.runs)]
+    states: dict[int, dict[str, Any]] = {}
     for done in range(job.every, job.steps + 1, job.every):
         for run, student in enumerate(students):
             scale = job.temperature(run)
+
+            # The next part of a student's training goes on with its momentum and its batches.
+            def on_report(state: loop.State, run: int = run) -> None:
+                states[run] = state.snapshot()
 
             def loss(
                 logits: Tensor, labels: Tensor, taught: Tensor, scale: float = scale
@@ -327,7 +332,10 @@ def kdlib_in_turn(lesson: Lesson) -> Students:
                 student,
                 [full.images, full.labels, taught],
                 loss,
-                steps=job.every,
+                steps=done,
+                report_every=job.every,
+                on_report=on_report,
+                resume=states.get(run),
                 batch_size=task.batch_size,
                 learning_rate=task.learning_rate,
                 momentum=task.momentum,

@@ -160,8 +160,9 @@ def test_a_job_in_processes_is_as_slow_as_the_slowest_and_keeps_the_order_of_its
     task = systems.Task("mlp-8", "mlp-8", 16, dataset="mnist-5k", learning_rate=0.1)
     together = systems.Job(task, "kdlib-in-turn", steps=20, every=10, runs=4)
     apart = replace(together, processes=2)
-    one, two = turns.take([together, apart], "cpu", tmp_path)
-    assert one.errors == two.errors
+    at_once = replace(together, every=20)  # a training in parts goes on where it was
+    one, two, whole = turns.take([together, apart, at_once], "cpu", tmp_path)
+    assert one.errors == two.errors == whole.errors
     assert len(set(one.errors)) > 1
 
 

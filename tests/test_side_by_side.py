@@ -86,6 +86,20 @@ def test_a_network_of_ones_own_is_known_there(monkeypatch: pytest.MonkeyPatch) -
     assert all(run.metrics["status"] == "ok" for run in made)
 
 
+def where_done(task: int) -> tuple[int, int]:
+    time.sleep(0.05)  # else one process could do them all
+    return task, os.getpid()
+
+
+def test_jobs_of_ones_own_go_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, processes = zip(*workers.for_each(where_done, [5, 3, 8, 1]), strict=True)
+    assert tasks == (5, 3, 8, 1)
+    assert len(set(processes)) == 2
+    assert os.getpid() not in processes
+    monkeypatch.setattr(slots, "cores", lambda: 1)
+    assert workers.for_each(where_done, [2, 1]) == [(2, os.getpid()), (1, os.getpid())]
+
+
 def test_one_group_is_trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "side_by_side", None)
     kdlib.train(SMALL, "cpu")
