@@ -20,6 +20,7 @@ import kdlib
 from kdlib import data, evaluate, group, loop, losses
 from kdlib.book import reference
 from kdlib.paper import PAPER
+from kdlib.precision import effective
 from kdlib.provenance import provenance
 from kdlib.recipe import Recipe
 
@@ -80,7 +81,8 @@ def averaged(name: str, seed: int, length: float, **common: object) -> reference
             mean.update_parameters(state.model)
 
     def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
-        return losses.distillation_loss(logits, taught, labels, temperature=20, hard_weight=0.1)
+        weights = {"temperature": recipe.temperature, "hard_weight": recipe.hard_weight}
+        return losses.distillation_loss(logits, taught, labels, **weights)
 
     kdlib.fit(
         network,
@@ -96,7 +98,7 @@ def averaged(name: str, seed: int, length: float, **common: object) -> reference
         on_report=on_report,
     )
     errors = loop.count_errors(mean.eval(), digits.validation.images, digits.validation.labels)
-    origin = provenance(soft_targets.device, recipe.precision)
+    origin = provenance(soft_targets.device, effective(recipe.precision, soft_targets.device))
     return reference.value("validation_errors", seed, errors, origin)
 
 
