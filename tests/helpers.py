@@ -1,6 +1,7 @@
 """What test files share: small data, a tiny book, a full disk, processes of their own."""
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import resource
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -15,6 +17,7 @@ import torch
 
 from kdlib import data
 
+ROOT = Path(__file__).resolve().parent.parent
 KDLIB = [sys.executable, "-c", "import sys; from kdlib.book.cli import main; sys.exit(main())"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["kdlib", "torchvision.datasets", "hypothesis.extra.numpy"])
@@ -31,6 +34,16 @@ def blobs(train: int = 240, test: int = 60, noise: float = 60) -> data.Arrays:
     for byte in range(4):
         images[:, 0, byte] = ((numbers >> (8 * byte)) & 255).to(torch.uint8)
     return images[:train], labels[:train], images[train:], labels[train:]
+
+
+def load_tool(name: str) -> ModuleType:
+    """A program of tools/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def numbers(images: torch.Tensor) -> torch.Tensor:

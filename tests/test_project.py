@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from helpers import load_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -29,14 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 NOTEBOOKS = sorted((ROOT / "book").glob("[0-9][0-9]*.ipynb"))
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-normalise, fill, classic, beyond = map(load_tool, ("normalise", "fill", "classic", "beyond"))
+normalise, fill, classic = map(load_tool, ("normalise", "fill", "classic"))
 
 
 # --- what the files say of each other ----------------------------------------------------
@@ -168,30 +161,6 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     classic.main([*few, "--commit", "c0ffee"])
     again = reference.results(classic.CHAPTER, "classic")["teacher"]
     assert [run.seconds for run in again] == seconds
-
-
-def test_each_candidate_changes_what_it_names(tmp_path, monkeypatch, capsys):
-    known = beyond.pair("as recorded", 3)
-    assert known["teacher"] == beyond.PAPER["modern"]["teacher"].replace(seed=3)
-    for name, changed in beyond.CANDIDATES.items():
-        networks = beyond.pair(name, 3)
-        assert networks["distilled"].teacher == (networks["teacher"],)
-        for network, settings in changed.items():
-            got = networks[network].as_dict()
-            assert got | settings == got != known[network].as_dict()
-    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
-    short = ["--length", "0.001", "--dataset", "mnist-5k", "--seeds", "2"]
-    for part, rows in {"fp32": 2, "last tenth": 1}.items():
-        beyond.main(["try", "--only", part, "--commit", "c0ffee", *short])
-        tried = reference.results(beyond.CHAPTER, beyond.TRIED)
-        assert len(tried) == rows
-        assert all("validation_errors" in run.metrics for row in tried.values() for run in row)
-        assert f"student: {part}" in capsys.readouterr().out
-    beyond.main(["record", "student: fp32", "--commit", "c0ffee", *short])
-    rows = reference.results(beyond.CHAPTER, beyond.PROFILE)
-    assert {len(row) for row in rows.values()} == {2}
-    assert {run.recipe.validation for row in rows.values() for run in row} == {False}
 
 
 def test_links_between_the_projects_files_lead_somewhere():
