@@ -90,6 +90,22 @@ def test_no_seed_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[st
     assert "the same command goes on" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--seeds", "0", "seeds is 0: expected 1 or more"),
+        ("--together", "0", "together is 0: expected 1 or more"),
+        ("--only", "sudent", "no row of averaged has 'sudent': it has last tenth, constant rate"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("averaged", option, value)
+    assert said in capsys.readouterr().err
+
+
 def test_the_factorial_takes_the_rates_that_are_best_on_held_out_digits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,9 +19,11 @@ a GPU. --minutes: no seed is begun after them. --length shortens all trainings, 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import filelock
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -315,21 +317,39 @@ def recorded(name: str) -> Known:
     }
 
 
-def in_parts(name: str, wanted: dict[int, Rows], together: int) -> Iterator[Known]:
-    """The record, each time that some seeds more are complete."""
+def missing(name: str, wanted: dict[int, Rows]) -> list[int]:
+    """The seeds of which the record lacks a row, or has one of another recipe."""
     known = recorded(name)
 
     def has(row: str, seed: int) -> bool:
         line = known.get(row, {}).get(seed)
         return line is not None and line.recipe == wanted[seed][row]
 
-    missing = [seed for seed, rows in wanted.items() if not all(has(row, seed) for row in rows)]
-    for first in range(0, len(missing), together):
-        part = [(row, seed) for seed in missing[first : first + together] for row in wanted[seed]]
-        runs = kdlib.train_all([wanted[seed][row] for row, seed in part])
-        for (row, seed), run in zip(part, runs, strict=True):
-            known.setdefault(row, {})[seed] = EXPERIMENTS[name].measured(row, run)
-        yield known
+    return [seed for seed, rows in wanted.items() if not all(has(row, seed) for row in rows)]
+
+
+def trained(name: str, wanted: dict[int, Rows]) -> Known:
+    """The results of some seeds, trained together."""
+    lines = [(row, seed) for seed in wanted for row in wanted[seed]]
+    runs = kdlib.train_all([wanted[seed][row] for row, seed in lines])
+    found: Known = {}
+    for (row, seed), run in zip(lines, runs, strict=True):
+        found.setdefault(row, {})[seed] = EXPERIMENTS[name].measured(row, run)
+    return found
+
+
+def add(name: str, found: Known, parameters: dict[str, object], commit: str | None) -> Path:
+    """Add results to the record. Another process may add some at the same time."""
+    chapter = EXPERIMENTS[name].chapter
+    place = reference.draft(chapter, name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(place.with_suffix(".lock")):
+        known = recorded(name)
+        for row, lines in found.items():
+            known[row] = known.get(row, {}) | lines
+        rows = {row: [lines[seed] for seed in sorted(lines)] for row, lines in known.items()}
+        reference.keep(chapter, name, rows, parameters=parameters)
+        return reference.record(chapter, name, commit)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -345,6 +365,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the code that runs, where this is no clone")
     given = parser.parse_args(arguments)
     name, experiment = given.experiment, EXPERIMENTS[given.experiment]
+    seeds = experiment.seeds if given.seeds is None else given.seeds
+    for setting, number in {"seeds": seeds, "together": given.together}.items():
+        if number < 1:
+            parser.error(f"{setting} is {number}: expected 1 or more")
     end = time.monotonic() + 60 * given.minutes
     wanted = {
         seed: {
@@ -352,15 +376,17 @@ def main(arguments: list[str] | None = None) -> None:
             for row, recipe in experiment.rows(seed).items()
             if given.only in row
         }
-        for seed in range(given.seeds or experiment.seeds)
+        for seed in range(seeds)
     }
-    for known in in_parts(name, wanted, given.together):
-        rows = {row: [lines[seed] for seed in sorted(lines)] for row, lines in known.items()}
-        reference.keep(experiment.chapter, name, rows, parameters=vars(given))
-        print(reference.record(experiment.chapter, name, given.commit), flush=True)
-        if time.monotonic() > end:
+    if not wanted[0]:
+        parser.error(f"no row of {name} has {given.only!r}: it has {', '.join(experiment.rows(0))}")
+    todo = missing(name, wanted)
+    for first in range(0, len(todo), given.together):
+        if first and time.monotonic() > end:
             print("no time for further seeds: the same command goes on")
             break
+        part = {seed: wanted[seed] for seed in todo[first : first + given.together]}
+        print(add(name, trained(name, part), vars(given), given.commit), flush=True)
     metric = "validation_errors" if name in ("tried", "averaged", "rates") else "test_errors"
     for row, lines in recorded(name).items():
         print(f"{row:46} {evaluate.spread(list(lines.values()), metric)}")
