@@ -24,8 +24,9 @@ def _records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(experiment: str, *more: str, commit: str = "c0ffee") -> dict[str, list[reference.Recorded]]:
+    """A trial's record."""
     tool.main([experiment, *SHORT, "--commit", commit, *more])
-    return reference.results(tool.EXPERIMENTS[experiment].chapter, experiment) or {}
+    return reference.results(tool.EXPERIMENTS[experiment].chapter, f"{experiment}_trial") or {}
 
 
 def test_each_candidate_changes_what_it_names() -> None:
@@ -50,38 +51,86 @@ def test_what_chooses_trains_without_the_held_out_digits(experiment: str) -> Non
     )
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The networks and seeds that train_all is asked for."""
+    asked: list[tuple[str, int]] = []
+    train_all = kdlib.train_all
+
+    def spy(recipes: list[kdlib.Recipe], *more: Any, **named: Any) -> list[kdlib.Run]:
+        asked.extend((recipe.model, recipe.seed) for recipe in recipes)
+        return train_all(recipes, *more, **named)
+
+    monkeypatch.setattr(kdlib, "train_all", spy)
+    return asked
+
+
 def test_another_machine_goes_on_where_the_record_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[tuple[str, int]]
 ) -> None:
-    only = ["--only", "4800 steps"]
-    first = run("lengths", *only, "--seeds", "1", commit="c0ffee")
+    run("lengths", "--only", "plain student, 4800 steps", "--seeds", "1", commit="c0ffee")
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "other"))
+    first = run("lengths", "--only", "4800 steps", "--seeds", "1", commit="f00d")
     assert {name: len(lines) for name, lines in first.items()} == {
         "teacher, 4800 steps": 1,
         "plain student, 4800 steps": 1,
         "distilled student, 4800 steps": 1,
     }
-    asked: list[int] = []
-    train_all = kdlib.train_all
-
-    def spy(recipes: list[kdlib.Recipe], *more: Any, **named: Any) -> list[kdlib.Run]:
-        asked.extend(recipe.seed for recipe in recipes)
-        return train_all(recipes, *more, **named)
-
-    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "other"))
-    monkeypatch.setattr(kdlib, "train_all", spy)
-    both = run("lengths", *only, "--seeds", "2", commit="decade")
-    assert set(asked) == {1}
+    assert trained == [("mlp-800x800", 0), ("mlp-1200x1200", 0), ("mlp-800x800", 0)]
+    trained.clear()
+    both = run("lengths", "--only", "4800 steps", "--seeds", "2", commit="decade")
+    assert {seed for _, seed in trained} == {1}
     for name, lines in both.items():
+        made = "c0ffee" if name.startswith("plain") else "f00d"
         assert lines[0].metrics == first[name][0].metrics
-        assert lines[0].provenance == {"commit": "c0ffee"} | first[name][0].provenance
+        assert lines[0].provenance == {"commit": made} | first[name][0].provenance
         assert [line.recipe.seed for line in lines if line.recipe] == [0, 1]
-    asked.clear()
-    # What is recorded was trained in another way, so it is no result of this one.
-    run("lengths", *only, "--seeds", "1", "--length", "0.01")
-    assert set(asked) == {0}
 
 
-def test_no_seed_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_recorded_run_is_replaced_by_one_of_another_recipe(
+    capsys: pytest.CaptureFixture[str], trained: list[tuple[str, int]]
+) -> None:
+    known = run("lengths", "--only", "plain student, 4800", "--seeds", "1")
+    trained.clear()
+    with pytest.raises(SystemExit) as refused:
+        run("lengths", "--only", "plain student, 4800", "--seeds", "2", "--length", "0.01")
+    assert "has seed 0 of 'plain student, 4800 steps' with another recipe" in str(refused.value)
+    assert trained == []
+    assert run("lengths", "--only", "plain student, 4800", "--seeds", "1") == known
+
+
+def test_two_processes_add_to_one_record(tmp_path: Path) -> None:
+    """Each has read the record before the other one adds to it."""
+    records = [
+        tool.Record("lengths_trial", tool.CHAPTER_7A, commit, {}) for commit in ("c0ffee", "f00d")
+    ]
+    rows = {
+        seed: {"plain": tool.throughout(tool.PLAIN.replace(seed=seed), 0.01, dataset="mnist-5k")}
+        for seed in (0, 1)
+    }
+    parts = [{seed: rows[seed]} for seed in rows]
+    assert [record.missing(part) for record, part in zip(records, parts, strict=True)] == parts
+    results = [tool.trained(tool.EXPERIMENTS["lengths"], part) for part in parts]
+    for record, found in zip(records, results, strict=True):
+        record.add(found)
+    [lines] = (reference.results(tool.CHAPTER_7A, "lengths_trial") or {}).values()
+    assert [line.recipe.seed for line in lines if line.recipe] == [0, 1]
+
+
+def test_nothing_is_trained_where_nothing_can_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[tuple[str, int]]
+) -> None:
+    """No clone, so no commit is known unless it is named; and no book to record in."""
+    (tmp_path / "reference").mkdir()
+    with pytest.raises(SystemExit, match="no commit is known here"):
+        tool.main(["lengths", *SHORT])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="not in a clone of the book"):
+        run("lengths")
+    assert trained == []
+
+
+def test_no_further_seed_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run("lengths", "--only", "plain student, 4800", "--seeds", "3", "--minutes", "0")
     assert [len(lines) for lines in rows.values()] == [1]
     assert "the same command goes on" in capsys.readouterr().out
@@ -91,26 +140,27 @@ def test_no_seed_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("given", "said"),
     [
-        ("--seeds", "0", "seeds is 0: expected 1 or more"),
-        ("--together", "0", "together is 0: expected 1 or more"),
-        ("--only", "sudent", "no row of averaged has 'sudent': it has last tenth, constant rate"),
+        (["averaged", "--seeds", "0"], "--seeds is 0: expected a positive number"),
+        (["averaged", "--together", "-1"], "--together is -1: expected a positive number"),
+        (["averaged", "--length", "nan"], "--length is nan: expected a positive number"),
+        (["averaged", "--only", "sudent"], "expected a part of one of last tenth, constant rate"),
+        (["beyond"], "beyond needs --only NAME"),
+        (["factorial"], "run the experiment rates first"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
-    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        run("averaged", option, value)
-    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        run(*given)
+    assert said in f"{refused.value}{capsys.readouterr().err}"
 
 
 def test_the_factorial_takes_the_rates_that_are_best_on_held_out_digits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(FileNotFoundError, match="run the experiment rates first"):
-        tool.factorial(0)
     # Of each condition's rates, the middle one has a seed that is worse than the last one's.
     errors = [[90, 90], [50, 80], [70, 75]]
     rows = {

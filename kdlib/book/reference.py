@@ -181,7 +181,7 @@ def record(chapter: str, profile: str = "full", commit: str | None = None) -> Pa
                     f"{profile} profile's {meant[name]!r}: {again}"
                 )
         content["parameters"] = {name: ran[name] for name in meant.keys() & ran}
-    return _write(path(chapter, profile), content | {"commit": commit or _commit()})
+    return _write(path(chapter, profile), content | {"commit": commit or current_commit()})
 
 
 def results(chapter: str, profile: str = "full") -> dict[str, list[Recorded]] | None:
@@ -260,7 +260,7 @@ def _read(place: Path) -> dict[str, Any]:
     return content
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The clone's commit. ValueError where git knows none, or kdlib differs from it."""
     clone = str(folder().parents[1])
 
