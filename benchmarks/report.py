@@ -81,10 +81,10 @@ def _measured_on(record: Record) -> str:
     used = ", ".join(f"{name} {number}" for name, number in versions.items() if number != "absent")
     lines = [
         f"Measured {record['date'][:10]} on: {device}{machine['processor']}, "
-        f"{machine['cores']} cores, {record['threads']} threads a process, "
+        f"{machine['cores']} cores, {record['threads']} threads per process, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}; {used}. "
-        f"Load before the start: {record['load_before']:.2f}. "
-        f"The whole took {record['seconds'] / 60:.1f} minutes."
+        f"Load average before: {record['load_before']:.2f}. "
+        f"It took {record['seconds'] / 60:.1f} minutes."
     ]
     if record["quick"]:
         lines.append("**A trial with `--quick`: too short to mean anything.**")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import load_tool
+from helpers import a_full_disk, load_tool
 
 import kdlib
 from kdlib import data, loop
@@ -117,21 +117,27 @@ def test_two_processes_add_to_one_record(tmp_path: Path) -> None:
     assert [line.recipe.seed for line in lines if line.recipe] == [0, 1]
 
 
-def test_nothing_is_trained_where_nothing_can_be_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[tuple[str, int]]
+def test_nothing_is_trained_if_no_commit_can_be_recorded(
+    tmp_path: Path, trained: list[tuple[str, int]]
 ) -> None:
-    """No clone, so no commit is known unless it is named; and no book to record in."""
     (tmp_path / "reference").mkdir()
     with pytest.raises(SystemExit, match="no commit is known here"):
         tool.main(["lengths", *SHORT])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="not in a clone of the book"):
-        run("lengths")
     assert trained == []
 
 
+def test_a_full_disk_leaves_the_record_as_it_is(tmp_path: Path) -> None:
+    known = run("lengths", "--only", "plain student, 4800", "--seeds", "1")
+    # The new run is stored already, so that only the record cannot be written.
+    recipe = tool.throughout(tool.PLAIN.replace(epochs=20, seed=1), 0.005, dataset="mnist-5k")
+    kdlib.train(recipe)
+    with a_full_disk(), pytest.raises(SystemExit, match="File too large"):
+        run("lengths", "--only", "plain student, 4800", "--seeds", "2")
+    assert reference.results(tool.CHAPTER_7A, "lengths_trial") == known
+
+
 def test_no_further_seed_is_begun_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run("lengths", "--only", "plain student, 4800", "--seeds", "3", "--minutes", "0")
+    rows = run("lengths", "--only", "plain student, 4800", "--seeds", "3", "--minutes", "1e-9")
     assert [len(lines) for lines in rows.values()] == [1]
     assert "the same command goes on" in capsys.readouterr().out
     rows = run("lengths", "--only", "plain student, 4800", "--seeds", "3", "--together", "2")
@@ -145,6 +151,7 @@ def test_no_further_seed_is_begun_when_the_time_is_over(capsys: pytest.CaptureFi
         (["averaged", "--seeds", "0"], "--seeds is 0: expected a positive number"),
         (["averaged", "--together", "-1"], "--together is -1: expected a positive number"),
         (["averaged", "--length", "nan"], "--length is nan: expected a positive number"),
+        (["averaged", "--minutes", "-5"], "--minutes is -5.0: expected a positive number"),
         (["averaged", "--only", "sudent"], "expected a part of one of last tenth, constant rate"),
         (["beyond"], "beyond needs --only NAME"),
         (["factorial"], "run the experiment rates first"),

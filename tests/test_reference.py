@@ -102,11 +102,12 @@ def test_a_result_typed_by_hand_is_noticed(store: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["rows"]["plain"][0]["metrics"]["test_errors"] -= 1
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="changed by hand"):
+    with pytest.raises(ValueError, match="damaged or was changed by hand"):
         reference.results(CHAPTER, "smoke")
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(ValueError, match=rf"{path.name} was changed by hand"):
-        reference.results(CHAPTER, "smoke")
+    for damaged in (path.read_text()[:-9], "", "null", "[]"):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged or was changed by hand"):
+            reference.results(CHAPTER, "smoke")
 
 
 def test_three_sources_side_by_side(store: Path) -> None:

@@ -40,8 +40,7 @@ def main(arguments: list[str] | None = None) -> Path:
     runs = kdlib.train_all(recipes(given.seeds, **changes), given.device)
     names = "teacher", "plain student", "distilled student"
     rows = {name: runs[i * given.seeds : (i + 1) * given.seeds] for i, name in enumerate(names)}
-    reference.keep(CHAPTER, PROFILE, rows, parameters=vars(given))
-    return reference.record(CHAPTER, PROFILE, given.commit)
+    return reference.write(CHAPTER, PROFILE, rows, vars(given), given.commit)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import kdlib
 from kdlib import Recipe, Run, data, evaluate, group, loop, losses, store
-from kdlib.book import chapters, reference
+from kdlib.book import reference
 from kdlib.paper import PAPER
 
 TEACHER = PAPER["modern"]["teacher"]
@@ -384,8 +384,7 @@ class Record:
             for row, lines in results.items():
                 known[row] = known.get(row, {}) | lines
             rows = {row: [lines[seed] for seed in sorted(lines)] for row, lines in known.items()}
-            reference.keep(self.chapter, self.profile, rows, parameters=self.parameters)
-            return reference.record(self.chapter, self.profile, self.commit)
+            return reference.write(self.chapter, self.profile, rows, self.parameters, self.commit)
 
 
 def trained(experiment: Experiment, wanted: dict[int, Rows]) -> Results:
@@ -405,8 +404,7 @@ def run(given: argparse.Namespace) -> None:
     # A trial has a record of its own.
     whole = (given.length, given.dataset) == (1.0, "mnist")
     profile = given.experiment if whole else f"{given.experiment}_trial"
-    # Both fail where nothing could be recorded, so before anything is trained.
-    chapters.root()
+    # Where no commit is known nothing can be recorded, so nothing should be trained.
     commit = given.commit or reference.current_commit()
     record = Record(profile, experiment.chapter, commit, vars(given))
     seeds = experiment.seeds if given.seeds is None else given.seeds
@@ -447,7 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default="mnist", choices=["mnist", "mnist-5k"])
     parser.add_argument("--commit", help="of the code that runs, if this is no clone")
     given = parser.parse_args(arguments)
-    for name in ("seeds", "together", "length"):
+    for name in ("seeds", "together", "minutes", "length"):
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} is {value}: expected a positive number")
@@ -455,7 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("beyond needs --only NAME: test digits are for the setting that was chosen")
     try:
         run(given)
-    except (ValueError, OSError, store.StoreError, chapters.BookError) as error:
+    except (ValueError, OSError, store.StoreError) as error:
         sys.exit(f"paper_scale: {error}")
 
 

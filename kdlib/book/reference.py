@@ -95,22 +95,42 @@ def keep(
     Raises ValueError when a measure has not one value per run, or outside of a notebook
     without parameters.
     """
-    place, lines = draft(chapter, profile), {}
-    ran = _of_this_notebook() if parameters is None else dict(parameters)
+    place = draft(chapter, profile)
+    ran = _of_this_notebook() if parameters is None else parameters
+    content = _content(chapter, profile, rows, measures or {}, ran)
+    try:
+        _write(place, content)
+    # A full store on a read-only disk is enough for a reader.
+    except OSError as error:
+        print(f"kdlib: no results are kept for a record: {error.strerror}", file=sys.stderr)
+    return place
+
+
+def write(
+    chapter: str, profile: str, rows: Rows, parameters: Parameters, commit: str | None = None
+) -> Path:
+    """Record what a program has trained, at `path(chapter, profile)`; rows as for `keep`.
+
+    commit: of the code that ran, as for `record`. Raises ValueError when none is known, and
+    OSError when the file cannot be written; the one before stays as it is.
+    """
+    content = _content(chapter, profile, rows, {}, parameters)
+    return _write(path(chapter, profile), content | {"commit": commit or current_commit()})
+
+
+def _content(
+    chapter: str, profile: str, rows: Rows, measures: Measures, parameters: Parameters
+) -> dict[str, Any]:
+    lines = {}
     for name, results in rows.items():
         lines[name] = [_line(result) for result in results]
-        for measure, values in (measures or {}).get(name, {}).items():
+        for measure, values in measures.get(name, {}).items():
             if len(values) != len(results):
                 raise ValueError(f"{measure} of {name!r} has {len(values)} values: one per run")
             for line, given in zip(lines[name], values, strict=True):
                 line["metrics"] = line["metrics"] | {measure: given}
     content = {"chapter": chapter, "profile": profile, "code": code_digest(), "rows": lines}
-    try:
-        _write(place, content | {"parameters": ran})
-    # A full store on a read-only disk is enough for a reader.
-    except OSError as error:
-        print(f"kdlib: no results are kept for a record: {error.strerror}", file=sys.stderr)
-    return place
+    return content | {"parameters": dict(parameters)}
 
 
 def _line(result: Run | Recorded) -> dict[str, Any]:
@@ -250,18 +270,18 @@ def _write(place: Path, content: dict[str, Any]) -> Path:
 
 def _read(place: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(encoding="utf-8"))
     except ValueError:
-        content = {}
-    if content.pop("digest", None) != files.digest(content):
+        content = None
+    if not isinstance(content, dict) or content.pop("digest", None) != files.digest(content):
         raise ValueError(
-            f"{place} was changed by hand: write it again with `kdlib reference record`"
+            f"{place} is damaged or was changed by hand: restore it with git, or record it again"
         )
     return content
 
 
 def current_commit() -> str:
-    """The clone's commit. ValueError where git knows none, or kdlib differs from it."""
+    """The clone's commit. Raises ValueError if git knows none, or if kdlib differs from it."""
     clone = str(folder().parents[1])
 
     def git(*command: str) -> str:
