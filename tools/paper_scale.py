@@ -57,8 +57,18 @@ CANDIDATES: dict[str, dict[str, dict[str, object]]] = {
     "student: 160 epochs": {"distilled": {"epochs": 160}},
     "student: 320 epochs": {"distilled": {"epochs": 320}},
     "student: fp32": {"distilled": {"precision": "fp32"}},
-    # Smaller batches need a lower learning rate.
-    "student: batches of 100": {"distilled": {"batch_size": 100, "learning_rate": 0.05}},
+    "student: rate 0.05": {"distilled": {"learning_rate": 0.05}},
+    **{
+        # Smaller batches need a lower learning rate.
+        f"student: batches of 100{more}": {
+            "distilled": {"batch_size": 100, "learning_rate": 0.05, **changes}
+        }
+        for more, changes in {
+            "": {},
+            ", no labels": {"hard_weight": 0.0},
+            ", 160 epochs": {"epochs": 160},
+        }.items()
+    },
     "student: no labels": {"distilled": {"hard_weight": 0.0}},
     **{
         f"student: T = {T}, hard weight {weight}": {
