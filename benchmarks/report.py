@@ -35,7 +35,7 @@ def render(results: Path = RESULTS, pages: Path = PAGES) -> None:
 def torture(record: Record | None) -> str:
     """The Markdown of a torture: what was tried, and how it ended."""
     if record is None:
-        return "Not tried yet: `make torture` tries it.\n"
+        return "Not tried yet; `make torture` does it.\n"
     names = ("tried", "survived", "lost", "wrong")
     rows = [(row["ordeal"], *(str(row[name]) for name in names)) for row in record["rows"]]
     total = ("in all", *(str(sum(row[name] for row in record["rows"])) for name in names))
@@ -49,12 +49,12 @@ def torture(record: Record | None) -> str:
 def page(record: Record | None, device: str) -> str:
     """The Markdown of one device."""
     if record is None:
-        return f"Not measured yet: `{ORDERED[device]}` measures it.\n"
-    parts = [_measured_on(record), *_asked(record)]
+        return f"Not measured yet; `{ORDERED[device]}` does it.\n"
+    parts = [_measured_on(record), *_targets(record)]
     for comparison in record["comparisons"]:
         parts += [f"### {_name(comparison['task'])}", _times(comparison)]
     parts += _sweeps(record)
-    parts += ["### How near the limit", _limits(record)]
+    parts += ["### How close to the limit", _limits(record)]
     if any("peak_bytes" in row["note"] for row in _all_rows(record)):
         parts += ["### Memory", _memory(record)]
     parts += ["### Time of a run as the stack grows", _figure_block(record, device)]
@@ -91,13 +91,13 @@ def _measured_on(record: Record) -> str:
     return "\n\n".join(lines)
 
 
-def _asked(record: Record) -> list[str]:
-    """What was asked of the library, beside what was measured."""
+def _targets(record: Record) -> list[str]:
+    """The targets, and what was measured."""
     rows = list(_gpu_aims(record) if record["machine"]["gpu"] else _cpu_aims(record))
     if not rows:
         return []
-    head = ("task", "asked", "measured", "met")
-    return ["### What was asked", _table(head, [(*row[:3], _yes(row[3])) for row in rows])]
+    head = ("task", "target", "measured", "met")
+    return ["### Targets", _table(head, [(*row[:3], _yes(row[3])) for row in rows])]
 
 
 def _cpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
@@ -161,7 +161,7 @@ def _gpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
 
 
 def _times(comparison: Record) -> str:
-    """The systems of one task: seconds an epoch, and against the article's loop."""
+    """The systems of one task: seconds per epoch, and compared with the article's loop."""
     batch = comparison["task"]["batch_size"]
     article = _by_label(comparison).get("the article’s loop", {}).get("step_seconds", math.nan)
     lines = []
@@ -182,25 +182,25 @@ def _times(comparison: Record) -> str:
         )
     head = (
         "system",
-        "s an epoch and run",
-        "ms a step (range)",
+        "s per epoch and run",
+        "ms per step (range)",
         "article’s loop = 1",
         "test errors",
     )
     row = comparison["rows"][0]
     notes = [
-        f"{len(row['seconds'])} turns of {row['every']} steps after one to warm up; all train "
-        f"{row['steps']} steps. "
+        f"{len(row['seconds'])} turns of {row['every']} steps each after a warm-up turn; "
+        f"{row['steps']} steps in all. "
     ]
     mean, spread, runs = noise(comparison)
     notes.append(f"Errors of {runs} runs of kdlib in fp32: {mean:.0f} ± {spread:.0f}. ")
-    asked = [
+    once = [
         r["note"]["teacher_seconds"] for r in comparison["rows"] if "teacher_seconds" in r["note"]
     ]
-    if asked:
+    if once:
         notes.append(
-            "Where kdlib does not ask the teacher on every batch, it asks once before the first "
-            f"step: {_three(statistics.median(asked))} s, not in the table."
+            "Unless kdlib evaluates the teacher on every batch, it does so once before the first "
+            f"step: {_three(statistics.median(once))} s, not in the table."
         )
     return _table(head, lines) + "\n\n" + "".join(notes)
 
@@ -226,7 +226,7 @@ def _sweeps(record: Record) -> list[str]:
                 lines.append((_name(task), row["label"], _three(minutes), how))
     if not lines:
         return []
-    head = ("task", "system", "minutes an epoch of all runs", "how")
+    head = ("task", "system", "minutes per epoch, all runs", "how")
     return [f"### A sweep of {record['scale']['sweep']} runs", _table(head, lines)]
 
 
@@ -252,7 +252,7 @@ def _limits(record: Record) -> str:
                 )
             )
     head = ("task", "system", "GFLOP at GFLOP/s", "MB at GB/s", "binds")
-    head = (*head, "limit, ms", "a step, ms", "share")
+    head = (*head, "limit, ms", "step, ms", "share")
     return _table(head, lines)
 
 
@@ -274,7 +274,7 @@ def _memory(record: Record) -> str:
 
 
 def figure(record: Record) -> str:
-    """SVG: milliseconds of a step and run against the number of runs in the stack."""
+    """SVG: milliseconds per step and run against the number of runs in the stack."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -297,7 +297,7 @@ def figure(record: Record) -> str:
             label, (runs[-1], times[-1]), (0, 7), textcoords="offset points",
             color=colour, ha="right",
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="runs in the stack", ylabel="ms a step and run")
+    axes.set(xscale="log", yscale="log", xlabel="runs in the stack", ylabel="ms per step and run")
     sizes = record["scale"]["sizes"]
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
@@ -313,7 +313,7 @@ def _figure_block(record: Record, device: str) -> str:
         f":name: fig-benchmark-{device}\n"
         ":alt: Lines of the time of one step of one run against the number of runs in the stack, "
         "from one run on the left to the largest stack on the right.\n\n"
-        f"Time of a step, per run, of stacks of growing size; batch {batch}, cached teacher.\n"
+        f"Time per step and run for stacks of growing size; batch size {batch}, cached teacher.\n"
         "```"
     )
 

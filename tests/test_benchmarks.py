@@ -232,8 +232,8 @@ def usual(ours=0.002, errors=50, **options):
 
 
 def aims(made):
-    """The rows of the table of aims, as (asked, measured, met)."""
-    block = report.page(made, "cpu").split("### What was asked")[1].split("###")[0]
+    """The rows of the table of aims, as (target, measured, met)."""
+    block = report.page(made, "cpu").split("### Targets")[1].split("###")[0]
     return [tuple(line.strip("| ").split(" | ")[1:]) for line in block.strip().splitlines()[2:]]
 
 
