@@ -293,7 +293,8 @@ def current_commit() -> str:
     try:
         changed, head = git("status", "--porcelain", "kdlib"), git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"no commit is known here ({error}): name it with commit=…") from error
+        problem = f"no commit is known here ({error})"
+        raise ValueError(f"{problem}: name it with commit=… or --commit") from error
     if changed:
         raise ValueError(f"kdlib has changes that are not committed:\n{changed}\ncommit them first")
     return head
