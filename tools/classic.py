@@ -36,11 +36,13 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the code that ran, where this is no clone")
     given = parser.parse_args(arguments)
+    # Where no commit is known nothing can be recorded, so nothing should be trained.
+    commit = given.commit or reference.current_commit()
     changes = {"epochs": given.passes, "dataset": given.dataset, "precision": given.precision}
     runs = kdlib.train_all(recipes(given.seeds, **changes), given.device)
     names = "teacher", "plain student", "distilled student"
     rows = {name: runs[i * given.seeds : (i + 1) * given.seeds] for i, name in enumerate(names)}
-    return reference.write(CHAPTER, PROFILE, rows, vars(given), given.commit)
+    return reference.write(CHAPTER, PROFILE, rows, vars(given), commit)
 
 
 if __name__ == "__main__":
