@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -167,7 +168,11 @@ def test_a_plain_value_is_recorded_beside_runs(store: Path) -> None:
     reference.record(CHAPTER, commit="c0ffee" * 4)
     recorded = reference.results(CHAPTER)
     assert recorded is not None
-    assert recorded["forward"] == measured
+    # Each line names the commit of the code that made it.
+    commit = {"commit": "c0ffee" * 4}
+    assert recorded["forward"] == [
+        replace(line, provenance=commit | line.provenance) for line in measured
+    ]
     assert str(spread(recorded["forward"], "milliseconds")) == "3.0 ± 0.7 (2)"  # type: ignore[arg-type]
     assert "of which 1 trainings" in reference.describe(CHAPTER)
 

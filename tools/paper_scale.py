@@ -1,26 +1,26 @@
-"""The paper's experiments at its scale, one seed after the other.
+"""The paper's experiments at its scale, a few seeds at a time.
 
-    python tools/paper_scale.py EXPERIMENT [--only PART] [--seeds N] [--together N] [--minutes M]
+    python tools/paper_scale.py EXPERIMENT [--only ROW …] [--seeds N] [--together N] [--minutes M]
 
 tried      settings that may beat the recorded 67.5 and 77.6, judged on held-out digits
-averaged   students whose weights are averaged over the end of training, on held-out digits
-beyond     the best of these settings (--only NAME), trained on all digits and tested
+beyond     the best of them (--only "NAME: *"), trained on all digits and tested
+averaged   students with weights averaged over the end of training, judged on held-out digits
 rates      learning rates for the factorial, judged on held-out digits
 factorial  chapter 7a's targets × translations, with chapter 7's numbers of epochs
-lengths    chapter 7's three networks, each trained for 20, 40, 80, 160 and 320 epochs
+lengths    chapter 7's three networks, trained for 20, 40, 80, 160 and 320 epochs
 threes     students that see no 3, for each temperature, hard weight and number of epochs
 
-Each experiment has a record in book/reference/EXPERIMENT. A call trains the runs that the record
-lacks, and records each seed once it is complete. So a GPU that is free for ten minutes is enough,
-and only the record has to travel to the next machine.
+Each experiment has a record in book/reference/EXPERIMENT. A call trains what the record lacks and
+records each seed once it is complete (with --together N, each N seeds). So an experiment can be
+spread over several short calls, and only the record has to travel from machine to machine.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import filelock
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import kdlib
-from kdlib import Recipe, Run, data, evaluate, group, loop, losses, store
+from kdlib import Recipe, Run, data, evaluate, files, group, loop, losses, store
 from kdlib.book import reference
 from kdlib.paper import PAPER
 
 TEACHER = PAPER["modern"]["teacher"]
-PLAIN = PAPER["modern"]["student"]
+PLAIN = PAPER["modern"]["student"]  # of 20 epochs; chapter 7 trains it for as long as the next
 DISTILLED = PAPER["modern"]["distilled"]
 Rows = dict[str, Recipe]  # row of a record -> recipe
 
@@ -47,6 +47,7 @@ def throughout(recipe: Recipe, length: float = 1.0, **changes: object) -> Recipe
 
 # --- settings that may beat the recorded ones ------------------------------------------------
 
+SMALL_BATCHES: dict[str, object] = {"batch_size": 100, "learning_rate": 0.05}
 # name -> network -> what it changes
 CANDIDATES: dict[str, dict[str, dict[str, object]]] = {
     "as recorded": {},
@@ -58,17 +59,10 @@ CANDIDATES: dict[str, dict[str, dict[str, object]]] = {
     "student: 320 epochs": {"distilled": {"epochs": 320}},
     "student: fp32": {"distilled": {"precision": "fp32"}},
     "student: rate 0.05": {"distilled": {"learning_rate": 0.05}},
-    **{
-        # Smaller batches need a lower learning rate.
-        f"student: batches of 100{more}": {
-            "distilled": {"batch_size": 100, "learning_rate": 0.05, **changes}
-        }
-        for more, changes in {
-            "": {},
-            ", no labels": {"hard_weight": 0.0},
-            ", 160 epochs": {"epochs": 160},
-        }.items()
-    },
+    # Smaller batches need a lower learning rate.
+    "student: batches of 100": {"distilled": SMALL_BATCHES},
+    "student: batches of 100, no labels": {"distilled": SMALL_BATCHES | {"hard_weight": 0.0}},
+    "student: batches of 100, 160 epochs": {"distilled": SMALL_BATCHES | {"epochs": 160}},
     "student: no labels": {"distilled": {"hard_weight": 0.0}},
     **{
         f"student: T = {T}, hard weight {weight}": {
@@ -89,11 +83,11 @@ def pair(name: str, seed: int) -> Rows:
 
 
 def beyond(seed: int) -> Rows:
-    """The students of all candidates; the recorded teacher, and those with other settings."""
+    """The students of all candidates, and each different teacher once."""
     rows = {}
     for name, changes in CANDIDATES.items():
         networks = pair(name, seed)
-        if "distilled" in changes:
+        if "distilled" in changes:  # its teacher is the recorded one
             del networks["teacher"]
         rows |= {f"{name}: {network}": recipe for network, recipe in networks.items()}
     return rows
@@ -104,7 +98,8 @@ def tried(seed: int) -> Rows:
     return {row: throughout(recipe, validation=True) for row, recipe in beyond(seed).items()}
 
 
-# row -> schedule, learning rate, and the share of the steps after which averaging begins
+# row -> schedule, learning rate, and the share of the steps after which averaging begins. A
+# constant rate of 0.05 diverges.
 AVERAGED = {
     "last tenth": ("one-cycle", DISTILLED.learning_rate, 0.9),
     "constant rate, last half": ("constant", 0.02, 0.5),
@@ -112,7 +107,7 @@ AVERAGED = {
 
 
 def averaged(seed: int) -> Rows:
-    """The recorded student with each schedule; `with_average` repeats the training to average."""
+    """The recorded student, with each schedule. `with_average` trains it again to average."""
     recipe = throughout(pair("as recorded", seed)["distilled"], validation=True)
     return {
         row: recipe.replace(schedule=schedule, learning_rate=rate)
@@ -121,8 +116,9 @@ def averaged(seed: int) -> Rows:
 
 
 def average(recipe: Recipe, begin: float, soft_targets: Tensor) -> nn.Module:
-    """Train a student; the mean of its weights at each 50th step after a share of the steps.
+    """Train a student; return the mean of its weights, taken at every 50th step.
 
+    begin: the share of the steps after which weights count.
     soft_targets: (N, classes), its teacher's logits on the recipe's training digits.
     """
     digits = data.load(recipe.dataset, soft_targets.device)
@@ -213,38 +209,52 @@ def rates(seed: int) -> Rows:
     }
 
 
-def best_rate(known: dict[str, list[reference.Recorded]], target: str, inputs: str) -> float:
-    """The rate whose worst seed has the fewest validation errors. known: the record of rates."""
-    rows = {rate: rate_row(target, inputs, rate) for rate in offered(target)}
-    groups = {rate: known.get(row, []) for rate, row in rows.items()}
-    numbers = {len(runs) for runs in groups.values()}
-    if len(numbers) > 1 or numbers == {0}:
-        raise ValueError(
-            f"{target}, {inputs}: the record of rates has {sorted(numbers)} runs of the learning "
-            "rates, expected as many of each: run the experiment rates first"
-        )
-    worst = evaluate.steadiest(list(groups.values()))
-    return next(rate for rate, runs in groups.items() if worst in runs)
+def best_rates() -> dict[tuple[str, str], float]:
+    """Condition -> the recorded rate whose worst seed has the fewest validation errors."""
+    known = reference.results(CHAPTER_7A, "rates") or {}
+    wanted = [rates(seed) for seed in range(EXPERIMENTS["rates"].seeds)]
+    recipes = {row: [run.recipe for run in runs] for row, runs in known.items()}
+    if any(recipes.get(row) != [rows[row] for rows in wanted] for row in wanted[0]):
+        raise ValueError("the record of rates is not complete: run the experiment rates first")
+    chosen = {}
+    for target, inputs in CONDITIONS:
+        groups = [known[rate_row(target, inputs, rate)] for rate in offered(target)]
+        chosen[target, inputs] = evaluate.steadiest(groups).recipe.learning_rate
+    return chosen
 
 
 def factorial(seed: int) -> Rows:
     """Targets × the student's translations, each at its best rate; rows as in chapter 7a.
 
     Teachers are trained for 160 epochs and students for 80, as in chapter 7. (Chapter 7a's own
-    run trains all of them for equally many steps.)
+    run trains all of them for the same number of steps.)
     """
-    known = reference.results(CHAPTER_7A, "rates") or {}
     rows = {
-        f"{target}, {inputs}": student(target, inputs, best_rate(known, target, inputs), seed)
-        for target, inputs in CONDITIONS
+        f"{target}, {inputs}": student(target, inputs, rate, seed)
+        for (target, inputs), rate in best_rates().items()
     }
     for inputs, jitter in INPUTS.items():
         rows[f"teacher, {inputs}"] = TEACHER.replace(jitter=jitter, seed=seed)
     return rows
 
 
+def on_moved(row: str, run: Run) -> Run:
+    """A run with its errors on test digits moved by two and by three pixels, as in chapter 7a."""
+    if run.metrics["status"] != "ok":
+        return run
+    test = data.load(run.recipe.dataset, run.device).test
+    ways = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x])
+    draw = torch.Generator().manual_seed(0)
+    directions = ways[torch.randint(len(ways), (len(test),), generator=draw)].to(run.device)
+    found = {}
+    for pixels, metric in {2: "moved_errors", 3: "moved_three"}.items():
+        inputs = data.to_input(data.translate(test.images, pixels * directions))
+        found[metric] = loop.count_errors(run.model(), inputs, test.labels)
+    return replace(run, metrics=run.metrics | found)
+
+
 def lengths(seed: int) -> Rows:
-    """Three networks, all of them trained for equally long; rows as in chapter 7a."""
+    """Three networks, the student's teacher too, trained for equally long; rows as in 7a."""
     rows = {}
     for epochs in (20, 40, 80, 160, 320):
         same = {"epochs": epochs, "seed": seed}
@@ -262,9 +272,10 @@ MISSING = 3
 
 
 def threes(seed: int) -> Rows:
-    """Students that see no 3, trained on five sixths of the digits; the rest decides the shift.
+    """Students that see no 3. The digits that are held out decide the bias shift.
 
-    All have the distilled student's learning rate, which chapter 8 chose in all its conditions.
+    All have the learning rate of the distilled student. At its smaller scale, chapter 8 chose it
+    in each condition, out of two.
     """
     same = {"validation": True, "seed": seed}
     teacher = TEACHER.replace(**same)
@@ -291,13 +302,19 @@ def with_shift(row: str, run: Run) -> Run:
     answers = teacher.logits("validation").argmax(1)
     grid = torch.arange(-150, 201, dtype=torch.float64) / 10
     shift = evaluate.bias_shift(run.logits("validation"), (MISSING,), answers, grid)
+    others = [digit for digit in range(10) if digit != MISSING]
+    unseen, logits = labels == MISSING, run.logits("test")
+    margin = logits[:, MISSING] - logits[:, others].amax(1)
+    above = margin[unseen][:, None] > margin[~unseen][None]
     found: dict[str, float] = {"shift, teacher's answers": shift}
+    # The chance that a 3 has a higher margin than another digit does not depend on the shift.
+    found["auroc"] = above.double().mean().item()
     for way, raised in {"before": 0.0, "teacher's answers": shift}.items():
-        logits = run.logits("test").clone()
-        logits[:, MISSING] += raised
-        wrong = logits.argmax(1) != labels
+        shifted = logits.clone()
+        shifted[:, MISSING] += raised
+        wrong = shifted.argmax(1) != labels
         found[f"errors, {way}"] = int(wrong.sum())
-        found[f"unseen, {way}"] = int(wrong[labels == MISSING].sum())
+        found[f"unseen, {way}"] = int(wrong[unseen].sum())
     return replace(run, metrics=run.metrics | found)
 
 
@@ -310,30 +327,35 @@ CHAPTER_7, CHAPTER_7A = "07_mnist_reproduction", "07a_what_it_is_made_of"
 class Experiment:
     """What is trained with a seed, and what is recorded of it.
 
-    measured: a row's run -> the run with the metrics that the record holds.
-    shown: the metrics that are printed.
+    measured: a row's run -> what the record holds of it. shown: the metrics that are printed.
     """
 
     chapter: str
     seeds: int
     rows: Callable[[int], Rows]
     shown: tuple[str, ...]
-    measured: Callable[[str, Run], Run] = lambda row, run: run
+    measured: Callable[[str, Run], Run | reference.Recorded] = lambda row, run: run
+
+
+def on_held_out(row: str, run: Run) -> reference.Recorded:
+    """A run of which no test error is known to whoever chooses a setting."""
+    metrics = {name: value for name, value in run.metrics.items() if not name.startswith("test_")}
+    return reference.Recorded(run.recipe, metrics, run.seconds, run.provenance)
 
 
 HELD_OUT, TEST = "validation_errors", "test_errors"
 EXPERIMENTS = {
-    "tried": Experiment(CHAPTER_7, 4, tried, (HELD_OUT,)),
-    "averaged": Experiment(CHAPTER_7, 4, averaged, (HELD_OUT, "averaged_errors"), with_average),
+    "tried": Experiment(CHAPTER_7, 4, tried, (HELD_OUT,), on_held_out),
     "beyond": Experiment(CHAPTER_7, 30, beyond, (TEST,)),
-    "rates": Experiment(CHAPTER_7A, 2, rates, (HELD_OUT,)),
-    "factorial": Experiment(CHAPTER_7A, 30, factorial, (TEST,)),
+    "averaged": Experiment(CHAPTER_7, 4, averaged, (HELD_OUT, "averaged_errors"), with_average),
+    "rates": Experiment(CHAPTER_7A, 2, rates, (HELD_OUT,), on_held_out),
+    "factorial": Experiment(CHAPTER_7A, 30, factorial, (TEST, "moved_errors"), on_moved),
     "lengths": Experiment(CHAPTER_7A, 30, lengths, (TEST,)),
     "threes": Experiment(
         "08_missing_digits",
         10,
         threes,
-        ("unseen, before", "unseen, teacher's answers", "errors, teacher's answers"),
+        ("unseen, before", "unseen, teacher's answers", "auroc"),
         with_shift,
     ),
 }
@@ -353,23 +375,15 @@ class Record:
     parameters: dict[str, object]
 
     def results(self) -> Results:
-        """What is recorded, each with the commit of the code that made it."""
-        rows = reference.results(self.chapter, self.profile)
-        if rows is None:
-            return {}
-        text = reference.path(self.chapter, self.profile).read_text(encoding="utf-8")
-        origin = {"commit": json.loads(text)["commit"]}
+        """What is recorded."""
+        rows = reference.results(self.chapter, self.profile) or {}
         return {
-            row: {
-                line.recipe.seed: replace(line, provenance=origin | line.provenance)
-                for line in lines
-                if line.recipe
-            }
+            row: {line.recipe.seed: line for line in lines if line.recipe}
             for row, lines in rows.items()
         }
 
     def missing(self, wanted: dict[int, Rows]) -> dict[int, Rows]:
-        """What is wanted and not recorded. ValueError if another recipe is recorded for it."""
+        """What is wanted and not recorded. Raises ValueError if a recorded recipe is another."""
         known = self.results()
         for seed, rows in wanted.items():
             for row, recipe in rows.items():
@@ -377,7 +391,7 @@ class Record:
                 if line is not None and line.recipe != recipe:
                     raise ValueError(
                         f"{reference.path(self.chapter, self.profile)} has seed {seed} of {row!r} "
-                        "with another recipe: move the file away to begin a new record"
+                        "with another recipe: move that file away to start a new record"
                     )
         lacking = {
             seed: {row: rows[row] for row in rows if seed not in known.get(row, {})}
@@ -386,13 +400,13 @@ class Record:
         return {seed: rows for seed, rows in lacking.items() if rows}
 
     def add(self, results: Results) -> Path:
-        """Add results; other processes may add some at the same time."""
+        """Add results. Other processes may do so at the same time; what is recorded stays."""
         place = reference.path(self.chapter, self.profile)
         place.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(place.with_suffix(".lock")):
             known = self.results()
             for row, lines in results.items():
-                known[row] = known.get(row, {}) | lines
+                known[row] = lines | known.get(row, {})
             rows = {row: [lines[seed] for seed in sorted(lines)] for row, lines in known.items()}
             return reference.write(self.chapter, self.profile, rows, self.parameters, self.commit)
 
@@ -422,19 +436,19 @@ def run(given: argparse.Namespace) -> None:
         seed: {
             row: throughout(recipe, given.length, dataset=given.dataset)
             for row, recipe in experiment.rows(seed).items()
-            if given.only in row
+            if any(fnmatchcase(row, pattern) for pattern in given.only)
         }
         for seed in range(seeds)
     }
     if not wanted[0]:
-        names = ", ".join(experiment.rows(0))
-        raise ValueError(f"--only is {given.only!r}: expected a part of one of {names}")
+        rows = "; ".join(experiment.rows(0))
+        raise ValueError(f"--only is {given.only}: expected one or more of the rows {rows}")
     missing = list(record.missing(wanted).items())
-    for first in range(0, len(missing), given.together):
-        if first and time.monotonic() > end:
-            print("no time for further seeds: the same command goes on")
+    for done in range(0, len(missing), given.together):
+        if done and time.monotonic() > end:
+            print("the time is over: run the same command again to continue")
             break
-        part = dict(missing[first : first + given.together])
+        part = dict(missing[done : done + given.together])
         print(record.add(trained(experiment, part)), flush=True)
     for row, lines in record.results().items():
         spreads = [f"{metric}: {evaluate.spread(lines, metric)}" for metric in experiment.shown]
@@ -447,23 +461,26 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--seeds", type=int, help="how many, from 0 on")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", default=["*"], help="rows, as patterns with * and ?"
+    )
+    default = ", ".join(f"{name} {e.seeds}" for name, e in EXPERIMENTS.items())
+    parser.add_argument("--seeds", type=int, help=f"how many, starting from 0 (default: {default})")
     parser.add_argument("--together", type=int, default=1, help="seeds trained in one call")
-    parser.add_argument("--minutes", type=float, help="after which no further seeds are begun")
+    parser.add_argument("--minutes", type=float, help="start no further seeds after this time")
     parser.add_argument("--length", type=float, default=1.0, help="share of the epochs (a trial)")
     parser.add_argument("--dataset", default="mnist", choices=["mnist", "mnist-5k"])
-    parser.add_argument("--commit", help="of the code that runs, if this is no clone")
+    parser.add_argument("--commit", help="of the code that runs, if this is not a clone")
     given = parser.parse_args(arguments)
     for name in ("seeds", "together", "minutes", "length"):
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} is {value}: expected a positive number")
-    if given.experiment == "beyond" and not given.only:
-        parser.error("beyond needs --only NAME: test digits are for the setting that was chosen")
+    if given.experiment == "beyond" and given.only == ["*"]:
+        parser.error("beyond needs --only: test digits are for the setting that was chosen")
     try:
         run(given)
-    except (ValueError, OSError, store.StoreError) as error:
+    except (ValueError, OSError, files.DataError, store.StoreError) as error:
         sys.exit(f"paper_scale: {error}")
 
 

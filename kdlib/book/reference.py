@@ -211,10 +211,13 @@ def results(chapter: str, profile: str = "full") -> dict[str, list[Recorded]] | 
     """
     if not path(chapter, profile).is_file():
         return None
-    rows = _read(path(chapter, profile))["rows"]
+    content = _read(path(chapter, profile))
+    rows, origin = content["rows"], {"commit": content["commit"]}
     # Older records have no `wrong`, and only runs have a recipe.
     for line in (line for lines in rows.values() for line in lines):
         line["recipe"] = line["recipe"] and Recipe.from_dict(line["recipe"])
+        # A line that an earlier record had keeps the commit of that.
+        line["provenance"] = origin | line["provenance"]
     return {name: [Recorded(**line) for line in lines] for name, lines in rows.items()}
 
 
