@@ -128,7 +128,7 @@ def _cpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
             lead > 1,
         )
         mean, spread, _ = noise(comparison)
-        allowed = f"errors within {mean:.0f} ± {DEVIATIONS * spread:.0f}"
+        allowed = f"all within {mean:.0f} ± {DEVIATIONS * spread:.0f}"
         yield name, "equal results", allowed, all(_equal(row, comparison) for row in peers)
 
 
@@ -184,7 +184,7 @@ def _times(comparison: Record) -> str:
         "system",
         "s per epoch and run",
         "ms per step (range)",
-        "article’s loop = 1",
+        "speed (article’s loop = 1)",
         "test errors",
     )
     row = comparison["rows"][0]
@@ -211,7 +211,7 @@ def _sweeps(record: Record) -> list[str]:
     for comparison in record["comparisons"]:
         task, count = comparison["task"], record["scale"]["sweep"]
         alike = [group for group in record["groups"] if group["task"] == task]
-        rows = [(row, "one × runs") for row in comparison["rows"] if _is_peer(row)]
+        rows = [(row, "one run, multiplied") for row in comparison["rows"] if _is_peer(row)]
         once: dict[str, Row] = {}  # of a system that was measured twice the first
         for part in [comparison, *alike]:
             for row in part["rows"]:
@@ -251,7 +251,7 @@ def _limits(record: Record) -> str:
                     f"{share:.0%}",
                 )
             )
-    head = ("task", "system", "GFLOP at GFLOP/s", "MB at GB/s", "binds")
+    head = ("task", "system", "GFLOP at GFLOP/s", "MB at GB/s", "bound by")
     head = (*head, "limit, ms", "step, ms", "share")
     return _table(head, lines)
 

@@ -27,7 +27,7 @@ def cut(
     """Recipes in groups of one shape, each no larger than the device holds.
 
     stack: the most runs per group. By default what fits into memory on a GPU, and one on a
-    CPU, where a stack is slower than its runs one by one (see the benchmark page). The same
+    CPU, where a stack is slower than its runs side by side (see the benchmark page). The same
     recipes on the same device are cut in the same way. Raises MemoryError for a recipe that
     does not fit even alone, ValueError for a network that does not fit its dataset.
     """

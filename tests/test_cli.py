@@ -160,7 +160,7 @@ def test_without_the_books_tools_one_line_names_what_to_install(
         encoding="utf-8",
     )
     assert result.returncode == 1
-    assert "pip install 'kdlib[book]'" in result.stderr
+    assert "in a clone, pip install '.[book]'" in result.stderr
     assert package in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

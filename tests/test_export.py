@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     line = refusal(capsys, tmp_path, NAME, str(tmp_path / "out.onnx"))
     assert "onnxscript" in line
-    assert "pip install 'kdlib[export]'" in line
+    assert "in a clone, pip install '.[export]'" in line
 
 
 class Undecided(nn.Module):

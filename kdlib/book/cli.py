@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options) or 0)
     except ModuleNotFoundError as error:
         extra = "export" if options.command is _export else "book"
-        reason = f"this command needs {error.name}: pip install 'kdlib[{extra}]'"
+        reason = f"this command needs {error.name}: in a clone, pip install '.[{extra}]'"
     except (chapters.BookError, data.DataError, store.StoreError, ValueError, OSError) as error:
         reason = str(error)
     except KeyboardInterrupt:
