@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,20 @@ def count(device: torch.device, threads: int) -> int:
     is_worker = multiprocessing.parent_process() is not None
     if device.type != "cpu" or threads > 1 or is_worker or torch.cuda.is_available():
         return 1
-    return slots.cores() if sys.platform == "linux" else 1
+    return slots.cores() if sys.platform == "linux" and not _autograd_has_threads() else 1
+
+
+def _autograd_has_threads() -> bool:
+    """Whether PyTorch refuses gradients to a forked copy of this process.
+
+    A backward pass starts a thread for each device but the CPU. After torch.export or
+    torch.compile there are such devices even on a machine without a GPU, pretended ones.
+    """
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # of a thread that has just ended
+            if name.read_text().startswith("pt_autograd"):
+                return True
+    return False
 
 
 class InTurn(Executor):

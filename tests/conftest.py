@@ -67,10 +67,12 @@ def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m real` selects the tests that take the fixture."""
+    """`-m real` selects the tests that take the fixture; trainings side by side come first."""
     for item in items:
         if "real_data" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
+    # Once a process has used torch.export, it is not forked any more (`workers.count`).
+    items.sort(key=lambda item: item.path.name != "test_side_by_side.py")
 
 
 @dataclass(frozen=True)

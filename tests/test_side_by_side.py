@@ -116,6 +116,29 @@ def test_only_a_processor_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers.count(CPU, 1) == 1  # such a process cannot be forked
 
 
+def test_after_torch_export_runs_are_trained_here() -> None:
+    """It pretends to have a GPU, and a backward pass then starts threads that forbid a fork."""
+    script = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import kdlib
+from kdlib import slots, workers
+slots.cores = lambda: 2
+cpu = torch.device("cpu")
+before = workers.count(cpu, 1)
+with FakeTensorMode():
+    torch.ones(1)
+torch.ones(1, requires_grad=True).sum().backward()
+recipe = kdlib.Recipe("mlp-8", dataset="mnist-5k", steps=30)
+runs = kdlib.train_all([recipe, recipe.replace(seed=1)], "cpu")
+print(before, workers.count(cpu, 1), [run.metrics["status"] for run in runs])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "2 1 ['ok', 'ok']\n", done.stderr
+
+
 def test_one_bar_counts_the_trainings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[Any]
 ) -> None:
