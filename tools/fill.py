@@ -41,7 +41,7 @@ def picture() -> str:
         axes.plot(paper, height + 0.3, "v", color="black")
         axes.annotate(f"paper {paper}", (paper, height + 0.42), ha="center")
     axes.set(yticks=range(3), yticklabels=list(NETWORKS), ylim=(-0.4, 2.9))
-    axes.set_xlabel("errors on MNIST's 10,000 test digits (one dot per training)")
+    axes.set_xlabel("errors on MNIST's 10,000 test digits (one dot per training run)")
     axes.margins(x=0.1)
     return plots.svg(canvas)
 
