@@ -155,6 +155,9 @@ def test_whoever_chooses_sees_no_test_error() -> None:
     [[line]] = run("tried", "--only", "student: fp32: *", "--seeds", "1").values()
     assert line.metrics.keys() == {"status", "validation_errors", "validation_accuracy"}
     assert line.wrong is None
+    [[line]] = run("averaged", "--only", "last tenth", "--seeds", "1").values()
+    assert "averaged_errors" in line.metrics
+    assert "test_errors" not in line.metrics
 
 
 @pytest.mark.parametrize(

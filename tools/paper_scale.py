@@ -45,6 +45,12 @@ def throughout(recipe: Recipe, length: float = 1.0, **changes: object) -> Recipe
     return recipe.replace(epochs=recipe.epochs * length, teacher=teachers, **changes)
 
 
+def on_held_out(row: str, run: Run) -> reference.Recorded:
+    """A run of which no test error is known to whoever chooses a setting."""
+    metrics = {name: value for name, value in run.metrics.items() if not name.startswith("test_")}
+    return reference.Recorded(run.recipe, metrics, run.seconds, run.provenance)
+
+
 # --- settings that may beat the recorded ones ------------------------------------------------
 
 SMALL_BATCHES: dict[str, object] = {"batch_size": 100, "learning_rate": 0.05}
@@ -151,15 +157,16 @@ def average(recipe: Recipe, begin: float, soft_targets: Tensor) -> nn.Module:
     return mean.module.eval()
 
 
-def with_average(row: str, run: Run) -> Run:
+def with_average(row: str, run: Run) -> reference.Recorded:
     """A run with the validation errors of the mean of its weights, averaged_errors."""
+    line = on_held_out(row, run)
     if run.metrics["status"] != "ok":
-        return run
+        return line
     soft_targets = kdlib.train(run.recipe.teacher[0], run.device).logits("train")
     mean = average(run.recipe, AVERAGED[row][2], soft_targets)
     held_out = data.load(run.recipe.dataset, run.device).validation
     errors = loop.count_errors(mean, held_out.images, held_out.labels)
-    return replace(run, metrics=run.metrics | {"averaged_errors": errors})
+    return replace(line, metrics=line.metrics | {"averaged_errors": errors})
 
 
 # --- what the gain is made of (chapter 7a) ---------------------------------------------------
@@ -335,12 +342,6 @@ class Experiment:
     rows: Callable[[int], Rows]
     shown: tuple[str, ...]
     measured: Callable[[str, Run], Run | reference.Recorded] = lambda row, run: run
-
-
-def on_held_out(row: str, run: Run) -> reference.Recorded:
-    """A run of which no test error is known to whoever chooses a setting."""
-    metrics = {name: value for name, value in run.metrics.items() if not name.startswith("test_")}
-    return reference.Recorded(run.recipe, metrics, run.seconds, run.provenance)
 
 
 HELD_OUT, TEST = "validation_errors", "test_errors"
