@@ -1,10 +1,12 @@
 """The experiments at the paper's scale: what they train, and that they go on where they stopped."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from helpers import a_full_disk, load_tool
 
@@ -223,6 +225,12 @@ def test_a_student_without_threes_is_measured_before_and_after_the_shift() -> No
     threes = labels == 3
     assert line.metrics["unseen, teacher's answers"] == int((answers[threes] != 3).sum())
     assert line.metrics["unseen, teacher's answers"] < line.metrics["unseen, before"]
+    logits = run_of.logits("test").double()
+    best_other = logits.masked_fill(torch.eye(10, dtype=torch.bool)[3], -torch.inf).amax(1)
+    margin = logits[:, 3] - best_other
+    ranked = scipy.stats.mannwhitneyu(margin[threes], margin[~threes]).statistic
+    expected = ranked / (int(threes.sum()) * int((~threes).sum()))
+    assert math.isclose(line.metrics["auroc"], expected, abs_tol=1e-6)
 
 
 def test_weights_are_averaged_over_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

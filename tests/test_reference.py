@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import kdlib
-from kdlib import data
+from kdlib import data, files
 from kdlib.book import chapters, reference
 from kdlib.evaluate import spread
 
@@ -109,6 +109,16 @@ def test_a_result_typed_by_hand_is_noticed(store: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(ValueError, match=rf"{path.name} is damaged or was changed by hand"):
             reference.results(CHAPTER, "smoke")
+
+
+def test_a_programs_record_comes_from_no_draft(store: Path) -> None:
+    """Where no draft can be kept, a record was made of one of another time."""
+    runs = kdlib.train_all([PLAIN], device="cpu")
+    files.home().mkdir(parents=True, exist_ok=True)
+    (files.home() / "reference").write_text("no folder")
+    reference.write(CHAPTER, "smoke", {"plain": runs}, {"seeds": 1}, commit="c0ffee")
+    recorded = reference.results(CHAPTER, "smoke") or {}
+    assert [line.metrics for line in recorded["plain"]] == [run.metrics for run in runs]
 
 
 def test_three_sources_side_by_side(store: Path) -> None:

@@ -222,7 +222,10 @@ def best_rates() -> dict[tuple[str, str], float]:
     wanted = [rates(seed) for seed in range(EXPERIMENTS["rates"].seeds)]
     recipes = {row: [run.recipe for run in runs] for row, runs in known.items()}
     if any(recipes.get(row) != [rows[row] for rows in wanted] for row in wanted[0]):
-        raise ValueError("the record of rates is not complete: run the experiment rates first")
+        raise ValueError(
+            f"the record of rates should have {len(wanted)} seeds of each rate and no others: "
+            "run the experiment rates first"
+        )
     chosen = {}
     for target, inputs in CONDITIONS:
         groups = [known[rate_row(target, inputs, rate)] for rate in offered(target)]
