@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import scipy.stats
 import torch
-from helpers import a_full_disk, load_tool
+from helpers import ROOT, a_full_disk, load_tool
 
 import kdlib
 from kdlib import data, loop
-from kdlib.book import reference
+from kdlib.book import chapters, reference
 
 tool: Any = load_tool("paper_scale")
 SHORT = ["--dataset", "mnist-5k", "--length", "0.005"]
@@ -207,6 +208,42 @@ def test_the_factorial_takes_the_rates_that_are_best_on_held_out_digits(
         teacher = tuple(t.replace(seed=5) for t in recipe.teacher)
         rate = found[f"{name}, unmoved"].learning_rate
         assert found[f"{name}, unmoved"] == recipe.replace(teacher=teacher, learning_rate=rate)
+
+
+def test_chapter_7a_trains_the_same_networks_at_full_scale() -> None:
+    """So that its reference run may come from either."""
+    cells = {
+        cell.id: cell.source
+        for cell in nbformat.read(ROOT / "book" / f"{tool.CHAPTER_7A}.ipynb", 4).cells
+    }
+    scale: dict[str, Any] = chapters.defaults(tool.CHAPTER_7A)
+    scale |= chapters.scale(tool.CHAPTER_7A, "full") or {}
+    page = scale | {"chosen": tool.PAPER[scale["recipe"]], "fraction": 1, "kdlib": kdlib}
+    page["common"] = {"dataset": scale["dataset"], "fraction": 1}
+    exec(cells["targets"], page)
+    exec(cells["recipes"].partition("common = ")[2].partition("\n")[2], page)
+    for cell in ("student", "grid", "length-recipes"):
+        exec(cells[cell], page)
+
+    def training(recipe: kdlib.Recipe) -> kdlib.Recipe:
+        teachers = tuple(map(training, recipe.teacher))
+        steps = recipe.steps or round(recipe.epochs * 240)
+        return recipe.replace(steps=steps, epochs=1, teacher=teachers)
+
+    assert [page["offered"](target) for target, _ in tool.CONDITIONS] == [
+        list(tool.offered(target)) for target, _ in tool.CONDITIONS
+    ]
+    for target, inputs in tool.CONDITIONS:
+        asked = target, inputs, 0.05, 3
+        assert training(page["student"](*asked)) == training(tool.student(*asked))
+    known = tool.lengths(3)
+    for length in scale["lengths"]:
+        for kind, recipe in zip(
+            ("teacher", "plain student", "distilled student"),
+            page["trio"](length, 3),
+            strict=True,
+        ):
+            assert training(recipe) == training(known[f"{kind}, {length} steps"])
 
 
 def test_a_student_without_threes_is_measured_before_and_after_the_shift() -> None:

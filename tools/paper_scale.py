@@ -10,9 +10,10 @@ factorial  chapter 7a's targets × translations, with chapter 7's numbers of epo
 lengths    chapter 7's three networks, trained for 20, 40, 80, 160 and 320 epochs
 threes     students that see no 3, for each temperature, hard weight and number of epochs
 
-Each experiment has a record in book/reference/EXPERIMENT. A call trains what the record lacks and
-records each seed once it is complete (with --together N, each N seeds). So an experiment can be
-spread over several short calls, and only the record has to travel from machine to machine.
+factorial and lengths are chapter 7a's reference run, recorded in book/reference; each of the others
+has a record in book/reference/EXPERIMENT. A call trains what the record lacks and records each seed
+once it is complete (with --together N, each N seeds). So an experiment can be spread over several
+short calls, and only the record has to travel from machine to machine.
 """
 
 import argparse
@@ -236,8 +237,7 @@ def best_rates() -> dict[tuple[str, str], float]:
 def factorial(seed: int) -> Rows:
     """Targets × the student's translations, each at its best rate; rows as in chapter 7a.
 
-    Teachers are trained for 160 epochs and students for 80, as in chapter 7. (Chapter 7a's own
-    run trains all of them for the same number of steps.)
+    Teachers are trained for 160 epochs and students for 80, as in chapter 7.
     """
     rows = {
         f"{target}, {inputs}": student(target, inputs, rate, seed)
@@ -338,6 +338,7 @@ class Experiment:
     """What is trained with a seed, and what is recorded of it.
 
     measured: a row's run -> what the record holds of it. shown: the metrics that are printed.
+    profile: of the record; by default the experiment's name.
     """
 
     chapter: str
@@ -345,6 +346,7 @@ class Experiment:
     rows: Callable[[int], Rows]
     shown: tuple[str, ...]
     measured: Callable[[str, Run], Run | reference.Recorded] = lambda row, run: run
+    profile: str | None = None
 
 
 HELD_OUT, TEST = "validation_errors", "test_errors"
@@ -353,8 +355,8 @@ EXPERIMENTS = {
     "beyond": Experiment(CHAPTER_7, 30, beyond, (TEST,)),
     "averaged": Experiment(CHAPTER_7, 4, averaged, (HELD_OUT, "averaged_errors"), with_average),
     "rates": Experiment(CHAPTER_7A, 2, rates, (HELD_OUT,), on_held_out),
-    "factorial": Experiment(CHAPTER_7A, 30, factorial, (TEST, "moved_errors"), on_moved),
-    "lengths": Experiment(CHAPTER_7A, 30, lengths, (TEST,)),
+    "factorial": Experiment(CHAPTER_7A, 30, factorial, (TEST, "moved_errors"), on_moved, "full"),
+    "lengths": Experiment(CHAPTER_7A, 30, lengths, (TEST,), profile="full"),
     "threes": Experiment(
         "08_missing_digits",
         10,
@@ -431,7 +433,7 @@ def run(given: argparse.Namespace) -> None:
     experiment = EXPERIMENTS[given.experiment]
     # A trial has a record of its own.
     whole = (given.length, given.dataset) == (1.0, "mnist")
-    profile = given.experiment if whole else f"{given.experiment}_trial"
+    profile = experiment.profile or given.experiment if whole else f"{given.experiment}_trial"
     # Where no commit is known nothing can be recorded, so nothing should be trained.
     commit = given.commit or reference.current_commit()
     record = Record(profile, experiment.chapter, commit, vars(given))
@@ -454,7 +456,10 @@ def run(given: argparse.Namespace) -> None:
             break
         part = dict(missing[done : done + given.together])
         print(record.add(trained(experiment, part)), flush=True)
+    of_the_experiment = experiment.rows(0)
     for row, lines in record.results().items():
+        if row not in of_the_experiment:
+            continue
         spreads = [f"{metric}: {evaluate.spread(lines, metric)}" for metric in experiment.shown]
         print(f"{row:46} {', '.join(spreads)}")
 
