@@ -10,10 +10,10 @@ factorial  chapter 7a's targets × translations, with chapter 7's numbers of epo
 lengths    chapter 7's three networks, trained for 20, 40, 80, 160 and 320 epochs
 threes     students that see no 3, for each temperature, hard weight and number of epochs
 
-factorial and lengths are chapter 7a's reference run, recorded in book/reference; each of the others
-has a record in book/reference/EXPERIMENT. A call trains what the record lacks and records each seed
-once it is complete (with --together N, each N seeds). So an experiment can be spread over several
-short calls, and only the record has to travel from machine to machine.
+factorial, lengths and threes are part of their chapter's reference run, in book/reference; each of
+the others has a record in book/reference/EXPERIMENT. A call trains what the record lacks and records
+each seed once it is complete (with --together N, each N seeds). So an experiment can be spread over
+several short calls, and only the record has to travel from machine to machine.
 """
 
 import argparse
@@ -363,6 +363,7 @@ EXPERIMENTS = {
         threes,
         ("unseen, before", "unseen, teacher's answers", "auroc"),
         with_shift,
+        "full",
     ),
 }
 Results = dict[str, dict[int, Run | reference.Recorded]]  # row -> seed -> result
