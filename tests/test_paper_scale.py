@@ -124,6 +124,27 @@ def test_two_processes_add_to_one_record(tmp_path: Path) -> None:
     assert [line.recipe.seed for line in lines if line.recipe] == [0, 1]
 
 
+def test_a_chapters_own_rows_stay_when_an_experiment_adds_to_its_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = [reference.value("angle", seed, 1.0, {"commit": "c0ffee"}) for seed in (0, 0)]
+    reference.write(tool.CHAPTER_7A, "full", {"by hand": plain}, {}, "c0ffee")
+
+    def trained(_: Any, wanted: dict[int, dict[str, kdlib.Recipe]]) -> Any:
+        return {
+            row: {seed: reference.Recorded(recipe, {"status": "ok", "test_errors": 7}, 0.0, {})}
+            for seed, rows in wanted.items()
+            for row, recipe in rows.items()
+        }
+
+    monkeypatch.setattr(tool, "trained", trained)
+    row = "plain student, 4800 steps"
+    tool.main(["lengths", "--only", row, "--seeds", "2", "--commit", "f00d"])
+    found = reference.results(tool.CHAPTER_7A) or {}
+    assert found["by hand"] == plain
+    assert [line.recipe.seed for line in found[row] if line.recipe] == [0, 1]
+
+
 def test_nothing_is_trained_if_no_commit_can_be_recorded(
     tmp_path: Path, trained: list[tuple[str, int]]
 ) -> None:

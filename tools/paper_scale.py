@@ -10,10 +10,10 @@ factorial  chapter 7a's targets × translations, with chapter 7's numbers of epo
 lengths    chapter 7's three networks, trained for 20, 40, 80, 160 and 320 epochs
 threes     students that see no 3, for each temperature, hard weight and number of epochs
 
-factorial, lengths and threes are part of their chapter's reference run, in book/reference; each of
-the others has a record in book/reference/EXPERIMENT. A call trains what the record lacks and records
-each seed once it is complete (with --together N, each N seeds). So an experiment can be spread over
-several short calls, and only the record has to travel from machine to machine.
+factorial, lengths and threes are part of their chapter's reference run, in book/reference; each
+of the others has a record in book/reference/EXPERIMENT. A call trains what the record lacks and
+records each seed once it is complete (with --together N, each N seeds). So an experiment can be
+spread over several short calls, and only the record has to travel from machine to machine.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -412,9 +413,11 @@ class Record:
         place.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(place.with_suffix(".lock")):
             known = self.results()
+            # A chapter's record has rows of its own too, which stay as they are.
+            rows: dict[str, Any] = reference.results(self.chapter, self.profile) or {}
             for row, lines in results.items():
-                known[row] = lines | known.get(row, {})
-            rows = {row: [lines[seed] for seed in sorted(lines)] for row, lines in known.items()}
+                both = lines | known.get(row, {})
+                rows[row] = [both[seed] for seed in sorted(both)]
             return reference.write(self.chapter, self.profile, rows, self.parameters, self.commit)
 
 
