@@ -40,10 +40,11 @@ def fused_update(weights: list[Tensor], velocity: list[Tensor], momentum: float)
     """
 
     def update(gradients: Sequence[Tensor], _: Tensor) -> None:
+        alike = [_with_strides_of(w, g) for w, g in zip(weights, gradients, strict=True)]
         torch._fused_sgd_(
-            weights,
-            [_with_strides_of(w, g) for w, g in zip(weights, gradients, strict=True)],
-            velocity,
+            _as_in_memory(weights),
+            _as_in_memory(alike),
+            _as_in_memory(velocity),
             lr=1.0,
             momentum=momentum,
             nesterov=True,
@@ -61,6 +62,12 @@ def _with_strides_of(weight: Tensor, gradient: Tensor) -> Tensor:
     if gradient.stride() == weight.stride():
         return gradient
     return torch.empty_like(weight).copy_(gradient)
+
+
+def _as_in_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # A stack's matrices, seen as they lie in memory: on a CPU the fused kernel copies gradients
+    # that are not contiguous.
+    return [t.mT if t.dim() == 3 and not t.is_contiguous() else t for t in tensors]
 
 
 def transposed_in_memory(weight: Tensor) -> Tensor:

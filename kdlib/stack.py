@@ -36,6 +36,8 @@ class Stack(nn.Module):
         place = {id(weight): at for at, weight in enumerate(networks[0].parameters())}
         every = networks[0].named_parameters(remove_duplicate=False)
         self._places = {name: place[id(weight)] for name, weight in every}
+        linear = [name for name, part in networks[0].named_modules() if isinstance(part, nn.Linear)]
+        self._linear_biases = {f"{name}.bias".lstrip(".") for name in linear} & weights.keys()
         # In a tuple, so that it is no submodule: its parameters are not the stack's.
         self._skeleton = (copy.deepcopy(networks[0]).to("meta"),)
 
@@ -45,13 +47,19 @@ class Stack(nn.Module):
     def forward(self, inputs: Tensor, shared: bool = False) -> Tensor:
         (skeleton,) = self._skeleton
         skeleton.train(self.training)
+        weights, device = self._named(), inputs.device.type
+        if torch.is_autocast_enabled(device):
+            # vmap takes a linear layer apart, and autocast then converts its product only: with a
+            # float32 bias, the sum and every later activation would be float32.
+            dtype = torch.get_autocast_dtype(device)
+            weights |= {name: weights[name].to(dtype) for name in self._linear_biases}
 
         def one(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
             return functional_call(skeleton, weights, (batch,))  # type: ignore[no-any-return]
 
         # "different": each run draws dropout of its own.
         every = torch.vmap(one, in_dims=(0, None if shared else 0), randomness="different")
-        return every(self._named(), inputs)
+        return every(weights, inputs)
 
     def unstack(self) -> list[dict[str, Tensor]]:
         """The state_dict of each network, in order."""

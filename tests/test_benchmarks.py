@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import limit, programme, report, systems, turns
+from benchmarks import kernels, limit, programme, report, systems, turns
 from kdlib import data, losses
 
 TASK = systems.Task("lenet", "lenet-half", batch_size=64, dataset="mnist-5k", learning_rate=0.05)
@@ -188,6 +188,13 @@ def test_bytes_are_those_of_the_shapes():
     asked = 4 * (784 * 16 + 16 + 16 * 10 + 10) + 4 * 2 * 4 * (16 + 16 + 10)
     assert limit.touched(replace(alone, cached=False, runs=3))[0] == 3 * (moved + asked)
     assert limit.touched(replace(alone, precision="bf16"))[0] < moved
+
+
+def test_the_kernels_of_the_last_steps_are_counted(capsys):
+    few = "--device cpu --dataset mnist-5k --precision fp32 --batch 64 --runs 2 --steps 3"
+    kernels.main(few.split())
+    update = next(line for line in capsys.readouterr().out.splitlines() if "_fused_sgd_" in line)
+    assert int(update.split()[-1]) == 3
 
 
 def test_rates_are_measured():

@@ -522,6 +522,36 @@ def test_a_stacks_weights_lie_as_their_gradients_do(name: str) -> None:
         assert weight.stride() == gradient.stride()
 
 
+def test_the_fused_update_copies_none_of_a_stacks_weights() -> None:
+    runs = [network("mlp-12x12", seed=seed) for seed in range(2)]
+    profiler = torch.profiler.profile()
+
+    def on_report(state: loop.State) -> None:
+        if state.step < state.steps:
+            profiler.start()
+        else:
+            profiler.stop()
+
+    stack = kdlib.Stack(runs)
+    loop.fit(
+        stack, (IMAGES, LABELS), CE, steps=4, batch_size=20, report_every=2, on_report=on_report
+    )
+    updates = [event for event in profiler.events() or [] if event.name == "aten::_fused_sgd_"]
+    assert [update.cpu_children for update in updates] == [[], []]
+
+
+def test_a_stack_in_bf16_computes_what_its_networks_do() -> None:
+    layer = nn.Linear(8, 4)  # the whole network, so that its bias has no other name
+    for alone, shape in ((network("mlp-12x12"), (1, 28, 28)), (layer, (8,))):
+        inputs = torch.rand(2, 5, *shape)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = torch.stack([alone(batch) for batch in inputs])
+            logits = kdlib.Stack([alone, alone])(inputs)
+        assert logits.dtype == expected.dtype == torch.bfloat16
+        # A stack rounds twice, a layer's product and its sum with the bias.
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2**-8)
+
+
 def test_networks_with_buffers_make_no_stack() -> None:
     runs = [nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)) for _ in range(2)]
     with pytest.raises(ValueError, match=r"has buffers or .* \(1.running_mean.*one at a time"):

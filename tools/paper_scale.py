@@ -399,7 +399,7 @@ class Record:
                 if line is not None and line.recipe != recipe:
                     raise ValueError(
                         f"{reference.path(self.chapter, self.profile)} has seed {seed} of {row!r} "
-                        "with another recipe: move that file away to start a new record"
+                        "with another recipe: delete that row from the file to record it again"
                     )
         lacking = {
             seed: {row: rows[row] for row in rows if seed not in known.get(row, {})}
