@@ -58,7 +58,12 @@ class Batches:
         side = min(self.tensors[0].shape[-2:]) if is_image else 1
         if max(self.jitters) >= side:
             check.refuse("jitter", jitter, "pixels from 0, fewer than the uint8 images have")
-        self.labelled = len(self.tensors) > 1 and self.tensors[1].dtype == torch.int64
+        first_target = self.tensors[1] if len(self.tensors) > 1 else None
+        self.labelled = (
+            first_target is not None
+            and first_target.dtype == torch.int64
+            and first_target.dim() == 1
+        )
 
     def per_run(self, name: str, given: Any, rule: check.Rule) -> Tensor:
         """A setting as a tensor: () for one network, (runs,) for a stack."""

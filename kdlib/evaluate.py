@@ -84,19 +84,6 @@ def best(runs: Sequence[AnyResult], metric: str = "validation_errors") -> AnyRes
     return min(good, key=lambda run: run.metrics[metric])
 
 
-def gentlest(runs: Sequence[AnyResult], metric: str = "validation_errors") -> AnyResult:
-    """The run with the smallest learning rate whose errors are within chance of the fewest.
-
-    Chance: the square root of the fewest, about the standard error of such a count. Of
-    equal rates, the run with fewer errors. Raises ValueError if all diverged.
-    """
-    fewest = best(runs, metric).metrics[metric]
-    bound = fewest + math.sqrt(fewest)
-    good = [run for run in runs if run.metrics["status"] == "ok"]
-    close = [run for run in good if run.metrics[metric] <= bound]
-    return min(close, key=lambda run: (run.recipe.learning_rate, run.metrics[metric]))
-
-
 def steadiest(
     groups: Sequence[Sequence[AnyResult]], metric: str = "validation_errors"
 ) -> AnyResult:
@@ -280,8 +267,9 @@ def wilson_interval(errors: int, total: int, z: float = 1.959964) -> tuple[float
     return max(0.0, centre - half) * total, min(1.0, centre + half) * total
 
 
-def confusion(logits: Tensor, labels: Tensor, classes: int = 10) -> Tensor:
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
     """Counts (classes, classes): a row per true class, a column per answer."""
+    classes = logits.shape[-1]
     # One number for each pair of class and answer, so that one call counts them all.
     pairs = labels * classes + logits.argmax(-1)
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)

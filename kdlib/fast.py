@@ -132,7 +132,8 @@ def captured(step: Step, arguments: Sequence[Tensor | None], state: Any) -> Step
                 step(*static_inputs)  # type: ignore[arg-type]
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On the weights' own device, which need not be the current one.
+        with torch.cuda.graph(graph, stream=side):
             results = step(*static_inputs)  # type: ignore[arg-type]
     except RuntimeError as error:
         warnings.warn(f"training step by step, without a CUDA graph: {error}", stacklevel=3)

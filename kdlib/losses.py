@@ -69,7 +69,7 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     Both logits: (..., batch, classes). Returns (...), in nats, zero where the logits agree
     up to a constant. Its gradient is T² times that of the cross-entropy with
     the soft targets, which keeps its size as T grows. A teacher's logit of -inf gives a
-    probability of 0.
+    probability of 0; those of the student must be finite. bf16 and fp16 are computed in float32.
     Raises ValueError for shapes that differ and temperatures that are not in (0, 1e6].
     Hinton et al. 2015, section 2; introduced in chapter 4.
     """
@@ -78,6 +78,9 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     kind = student_logits.dtype
     if _needs_float64(temperature):
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
+    elif kind in (torch.bfloat16, torch.float16):
+        # The divergence is a difference of nearly equal terms: they need more digits.
+        student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     teacher = _log_soften(teacher_logits, temperature)
     student = _log_soften(student_logits, temperature)
     # A probability of 0 contributes 0: without the bound, 0 · -inf would be NaN.

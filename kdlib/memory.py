@@ -11,7 +11,7 @@ from kdlib import check, data, group
 from kdlib.batches import BLOCK
 from kdlib.recipe import Recipe
 
-DECIDES_NOTHING = "how many runs share a stack changes them by rounding alone"
+DECIDES_NOTHING = "how many runs share a stack changes only their rounding and their dropout's draw"
 
 # What runs must have in common to be one stack: all else may differ from run to run.
 _SHAPE = (
@@ -19,6 +19,8 @@ _SHAPE = (
 )  # fmt: skip
 # Bytes for cuBLAS's workspaces, 32 MiB per stream on an H200, and a teacher.
 _WORKSPACE = 2**27
+# Runs in a group at most: each holds a lock file, and Linux lets a process open 1,024 files.
+_MOST = 256
 
 
 def cut(
@@ -35,13 +37,15 @@ def cut(
     shapes: dict[Any, list[Recipe]] = {}
     for recipe in recipes:
         shape = [getattr(recipe, field) for field in _SHAPE]
-        # With jitter the teacher sees each batch, without it its logits are data.
-        shape += bool(recipe.teacher), bool(recipe.teacher and recipe.jitter)
+        # With jitter the teachers see each batch, as a stack of their own; without it their
+        # logits are data.
+        teachers = [(t.model, t.precision) for t in recipe.teacher if recipe.jitter]
+        shape += bool(recipe.teacher), tuple(teachers)
         shape += bool(recipe.label_smoothing), group.steps(recipe, device)
         shapes.setdefault(tuple(shape), []).append(recipe)
     groups = []
     for members in shapes.values():
-        most = capacity(members[0], device)
+        most = min(capacity(members[0], device), _MOST)
         size = min(most, stack or (most if device.type == "cuda" else 1))
         groups += [members[start : start + size] for start in range(0, len(members), size)]
     return groups
@@ -49,7 +53,8 @@ def cut(
 
 def needed(recipe: Recipe, device: torch.device) -> int:
     """Bytes that one more run of a stack takes at most, its data left out."""
-    network, samples = group.build(recipe), group.training(recipe, device)
+    # In eval mode: dropout would draw from the generator that the caller's code draws from.
+    network, samples = group.build(recipe).eval(), group.training(recipe, device)
     parameters = list(network.parameters())
     if not parameters:
         raise ValueError(f"the model {recipe.model!r} has no weights to train")
@@ -72,6 +77,9 @@ def needed(recipe: Recipe, device: torch.device) -> int:
     drawn = BLOCK * recipe.batch_size * 8 * (3 if recipe.jitter else 1)
     # Weights, velocity, gradients and their copies; activations with gradients, and inputs.
     numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())
+    # With jitter each run has its teachers on the device: built, stacked and laid out.
+    for teacher in recipe.teacher if recipe.jitter else ():
+        numbers += 3 * sum(weight.numel() for weight in group.build(teacher).parameters())
     size: int = kind.itemsize
     return size * numbers + 2 * drawn + len(samples) * classes * 4
 

@@ -26,6 +26,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def settings(precision: str, device: torch.device) -> Iterator[None]:
     """PyTorch's settings and generators for one training; afterwards they are as before."""
     tf32 = precision == "tf32"
+    _check_tf32_can_be_switched()
     matmul = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     with (
         changed(*matmul, "high" if tf32 else "highest"),
@@ -34,6 +35,19 @@ def settings(precision: str, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32, deterministic=True),
     ):
         yield
+
+
+def _check_tf32_can_be_switched() -> None:
+    try:
+        torch.get_float32_matmul_precision()
+        _ = torch.backends.cudnn.allow_tf32
+    except RuntimeError as error:
+        # PyTorch has older and newer switches, and refuses the older once a newer one is set.
+        raise RuntimeError(
+            "TF32 is set by an fp32_precision attribute of torch.backends, which kdlib cannot put "
+            'back after a training: set it to "none" before, or use '
+            'torch.set_float32_matmul_precision("high"); trainings take precision="tf32"'
+        ) from error
 
 
 def default_dtype(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

@@ -57,7 +57,8 @@ class Recipe:
     fraction, omit, subset_seed: a stratified part of the training set, without some classes.
     validation: train without the held-out sixth and count errors on it; else train on all.
     teacher, temperature, hard_weight: the teachers' recipes (the logits of several are
-    averaged) and the distillation loss; without a teacher, hard targets alone.
+    averaged) and the distillation loss; `distil` sets all three. A hard_weight of 1, the default,
+    leaves the teacher without effect.
     label_smoothing: the share of each hard target that is spread evenly over all classes.
     precision: "fp32", "bf16" (autocast, where the processor is fast at it), "tf32", "fp64".
     seed: decides the initial weights, the order of the samples, the jitter and the dropout.
@@ -139,12 +140,3 @@ class Recipe:
 _RULES: dict[str, check.Rule] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(Recipe, include_extras=True).items()
 }
-
-
-def __getattr__(name: str) -> Any:
-    # For this version: the paper's recipes have moved to a module of their own.
-    if name == "PAPER":
-        from kdlib.paper import PAPER
-
-        return PAPER
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -296,7 +296,7 @@ def _cut(
                 with contextlib.suppress(OSError):
                     store.drop_checkpoint(unfinished)
             continue
-        state = store.load_checkpoint(unfinished) or {}
+        state = store.load_checkpoint(unfinished) or {} if rest else {}
         if rest and {recipe.key for recipe in rest}.issuperset(state.get("recipes", [""])):
             warnings.warn(
                 "an interrupted training of these recipes has left a checkpoint of other "
@@ -353,8 +353,10 @@ def _logits(
     recipe: Recipe, split: str, dataset: str, device: torch.device, threads: int, path: str
 ) -> str:
     """In a worker: compute a stored run's logits into a file; its path."""
+    # Before a core is taken: a run that has vanished is trained again, and takes one itself.
+    run = train(recipe, device, threads=threads)
     with slots.taken(threads):
-        np.save(path, train(recipe, device, threads=threads).logits(split, dataset).numpy())
+        np.save(path, run.logits(split, dataset).numpy())
     return path
 
 

@@ -54,5 +54,7 @@ def limit_norms(model: nn.Module, length: float) -> None:
     matrices = [weight for weight in model.parameters() if weight.dim() > first]
     # The last matrix leads to the logits, which are no hidden units.
     for weight in matrices[:-1]:
+        if not weight.requires_grad:
+            continue
         norm = torch.linalg.vector_norm(weight, dim=tuple(range(first, weight.dim())), keepdim=True)
         weight.mul_((length / norm).clamp(max=1))

@@ -30,7 +30,8 @@ class Stack(nn.Module):
                 "train such networks one at a time (stack=1)"
             )
         self.weights = nn.ParameterList(
-            fast.transposed_in_memory(weight.detach()) for weight in weights.values()
+            nn.Parameter(fast.transposed_in_memory(weight.detach()), weight.requires_grad)
+            for weight in weights.values()
         )
         # A tied weight has several names, and is one weight.
         place = {id(weight): at for at, weight in enumerate(networks[0].parameters())}

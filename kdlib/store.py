@@ -127,7 +127,8 @@ def prune(keys: Iterable[str] | None = None) -> int:
         paths = [folder() / key for key in keys] if keys is not None else list(folder().glob("*"))
         for path in paths:
             # A key comes from the command line: nothing but a run's own folder is ever removed.
-            if keys is not None and not (path.name.isalnum() and (path / "run.json").is_file()):
+            is_run = path == folder() / path.name and (path / "run.json").is_file()
+            if keys is not None and not (path.name.isalnum() and is_run):
                 raise StoreError(f"no stored run {path.name!r}: see `kdlib runs`")
             # Another process may hold a lock.
             if path.name == ".locks":
@@ -165,12 +166,14 @@ def locked(keys: Sequence[str]) -> Iterator[None]:
 def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
     """Keep the state of an unfinished group, in place of its previous one."""
     content = io.BytesIO()
-    torch.save({"keys": list(keys), "snapshot": snapshot}, content)
+    torch.save(snapshot, content)
+    state = content.getvalue()
+    digest = hashlib.sha256(state).hexdigest()
+    # In a line of its own: what a checkpoint is of can be read without its weights.
+    head = json.dumps({"keys": list(keys), "bytes": len(state), "digest": digest})
     try:
         with _alone():
-            files.put(
-                _checkpoint(keys), hashlib.sha256(content.getvalue()).digest() + content.getvalue()
-            )
+            files.put(_checkpoint(keys), head.encode() + b"\n" + state)
     except OSError as error:
         raise _error(
             "cannot write a checkpoint", error, "make room; the last checkpoint stays"
@@ -179,8 +182,23 @@ def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
 
 def load_checkpoint(keys: Sequence[str]) -> dict[str, Any] | None:
     """The state of an unfinished group, tensors on the CPU, or None."""
-    saved = _read_checkpoint(_checkpoint(keys))
-    return saved["snapshot"] if saved else None
+    path = _checkpoint(keys)
+    head = _head(path)
+    if head is None:
+        return None
+    try:
+        state = path.read_bytes().partition(b"\n")[2]
+        # PyTorch's own format does not notice a changed byte among the weights.
+        if hashlib.sha256(state).hexdigest() != head.get("digest"):
+            raise OSError("its bytes have changed")
+        return torch.load(  # type: ignore[no-any-return]
+            io.BytesIO(state), map_location="cpu", weights_only=True
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        _leave_out(path, error)
+        return None
 
 
 def drop_checkpoint(keys: Sequence[str]) -> None:
@@ -193,24 +211,29 @@ def drop_checkpoint(keys: Sequence[str]) -> None:
 
 def unfinished() -> list[list[str]]:
     """The keys of each group that has a checkpoint, in the group's order."""
-    found = map(_read_checkpoint, sorted((folder() / ".checkpoints").glob("*.pt")))
-    return [saved["keys"] for saved in found if saved]
+    found = map(_head, sorted((folder() / ".checkpoints").glob("*.pt")))
+    return [head["keys"] for head in found if head]
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
+def _head(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's first line, or None where it is missing or damaged."""
     try:
-        content = path.read_bytes()
-        # PyTorch's own format does not notice a changed byte among the weights.
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            raise OSError("its bytes have changed")
-        return torch.load(  # type: ignore[no-any-return]
-            io.BytesIO(content[32:]), map_location="cpu", weights_only=True
-        )
+        with path.open("rb") as file:
+            line = file.readline()
+            size = file.seek(0, io.SEEK_END)
+        head: dict[str, Any] = json.loads(line)
+        if len(line) + head["bytes"] != size or _checkpoint(head["keys"]) != path:
+            raise ValueError("it is cut short or changed")
+        return head
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        warnings.warn(f"the checkpoint {path} is damaged ({error}): left out", stacklevel=2)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _leave_out(path, error)
         return None
+
+
+def _leave_out(path: Path, error: Exception) -> None:
+    warnings.warn(f"the checkpoint {path} is damaged ({error}): left out", stacklevel=4)
 
 
 def _checkpoint(keys: Sequence[str]) -> Path:

@@ -586,6 +586,18 @@ def test_a_page_is_outdated_by_its_source_its_parameters_and_the_reference(root:
     recorded.write_text("{}")
     assert digest() != first
     recorded.unlink()
+    assert digest() == first
+    claims = root / "book/claims/01_first.yml"
+    claims.parent.mkdir(exist_ok=True)
+    claims.write_text("claims: {}")
+    assert digest() != first
+    claims.unlink()
+    # A record that the page shows beside its own.
+    other = root / "book/reference/other/01_first.json"
+    other.parent.mkdir()
+    other.write_text("{}")
+    assert digest() != first
+    other.unlink()
     path = root / "book/01_first.ipynb"
     source = json.loads(path.read_text())
     source["cells"][0]["source"] = "# Another title"

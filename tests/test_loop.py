@@ -552,6 +552,40 @@ def test_a_stack_in_bf16_computes_what_its_networks_do() -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=2**-8)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_frozen_weights_stay_as_they_are(stacked: bool) -> None:
+    runs = [network("mlp-12x12", seed=seed) for seed in range(2)]
+    for run in runs:
+        next(run.parameters()).requires_grad_(False)
+    model = kdlib.Stack(runs) if stacked else runs[0]
+    before = weights(model)
+    loop.fit(model, (IMAGES, LABELS), CE, steps=5, batch_size=20, max_norm=0.1)
+    moved = [not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)]
+    assert moved == [False, *[True] * 5]
+
+
+def test_targets_that_are_no_labels_are_not_counted() -> None:
+    """One token per place, say: int64, and no label of a sample."""
+    tokens = LABELS[:, None].repeat(1, 3)
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        return CE(logits, tokens[:, 0])
+
+    curves = loop.fit(network(), (IMAGES, tokens), loss, steps=3, batch_size=20)
+    assert "train_accuracy" not in curves
+
+
+def test_tf32_that_cannot_be_put_back_is_refused() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with pytest.raises(RuntimeError, match=r'which kdlib cannot put back.*"none" before'):
+            loop.fit(network(), (IMAGES, LABELS), CE, steps=3, batch_size=20)
+    finally:
+        matmul.fp32_precision = before
+    loop.fit(network(), (IMAGES, LABELS), CE, steps=3, batch_size=20)
+
+
 def test_networks_with_buffers_make_no_stack() -> None:
     runs = [nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 10)) for _ in range(2)]
     with pytest.raises(ValueError, match=r"has buffers or .* \(1.running_mean.*one at a time"):

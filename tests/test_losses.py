@@ -204,6 +204,15 @@ def test_the_dtype_is_kept(dtype: torch.dtype) -> None:
     assert {value.dtype for value in values} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_divergence_keeps_its_digits_in_half_precision(dtype: torch.dtype) -> None:
+    student, teacher = (random_logits(64, 10, seed=seed).to(dtype) for seed in (0, 1))
+    exact = losses.soft_loss(student.double(), teacher.double(), 20).item()
+    found = losses.soft_loss(student, teacher, 20)
+    assert found.dtype == dtype
+    assert found.item() == pytest.approx(exact, rel=0.01)
+
+
 def test_a_stack_of_runs_is_one_call() -> None:
     student, teacher = random_logits(3, 5, 10), random_logits(3, 5, 10, seed=1)
     targets = torch.arange(15).view(3, 5) % 10

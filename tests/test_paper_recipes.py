@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import kdlib
-from kdlib import recipe
 from kdlib.paper import PAPER
 
 NAMES = ("teacher", "student", "distilled")
@@ -37,7 +36,6 @@ KEYS = {  # of the recipes under which results are recorded
 
 def test_the_recipes_keep_their_keys() -> None:
     assert {kind: [trio[n].key for n in NAMES] for kind, trio in PAPER.items()} == KEYS
-    assert recipe.PAPER is PAPER  # the name of the version before
 
 
 def test_the_classic_schedule_is_that_of_2012() -> None:

@@ -146,8 +146,9 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     monkeypatch.setattr(reference, "folder", lambda: tmp_path / "reference")
     few = ["--passes", "0.1", "--seeds", "2", "--dataset", "mnist-5k", "--device", "cpu"]
     few += ["--precision", "bf16"]
-    assert classic.main([*few, "--commit", "c0ffee"]).parent == tmp_path / "reference/classic"
-    rows = reference.results(classic.CHAPTER, "classic")
+    trial = "classic_trial"
+    assert classic.main([*few, "--commit", "c0ffee"]).parent == tmp_path / "reference" / trial
+    rows = reference.results(classic.CHAPTER, trial)
     assert reference.results(classic.CHAPTER) is None
     assert [len(row) for row in rows.values()] == [2, 2, 2]
     for kind, name in zip(("distilled", "student", "teacher"), sorted(rows), strict=True):
@@ -159,7 +160,7 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     assert all(student.recipe.teacher == (teacher.recipe,) for student, teacher in pairs)
     seconds = [run.seconds for run in rows["teacher"]]
     classic.main([*few, "--commit", "c0ffee"])
-    again = reference.results(classic.CHAPTER, "classic")["teacher"]
+    again = reference.results(classic.CHAPTER, trial)["teacher"]
     assert [run.seconds for run in again] == seconds
 
 

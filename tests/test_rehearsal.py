@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_cli import pages, root, write
 
 import kdlib
-from kdlib import group, loop, losses, runs, store
+from kdlib import group, loop, losses, reasoning, runs, store
 from kdlib.book import cli, reference, rehearsal
 
 __all__ = ["root"]  # the tiny book
@@ -25,6 +25,7 @@ def ledger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         for name in ("train", "train_all", "fit", "keep"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(reasoning, "fit", reasoning.fit)
     return tmp_path / "ledger.jsonl"
 
 
@@ -57,6 +58,16 @@ def test_a_loop_of_the_reader_rehearses_a_few_steps(ledger: Path) -> None:
     assert curves["step"][-1] == rehearsal.TIMED
     curves = kdlib.fit(model, digits, losses.cross_entropy, steps=5, batch_size=8)
     assert curves["step"] == [5]  # what is short is done: a chapter may check what it gives
+
+
+def test_the_reasoners_rehearse_a_few_steps(ledger: Path) -> None:
+    source = reasoning.generator(0)
+    network = reasoning.Reasoner(width=8, layers=1, seed=0)
+    texts = reasoning.corpus(50, source, 0.5)
+    rehearsal.start(str(ledger))
+    done = reasoning.fine_tune(network, *texts, source, steps=500, rate=0.004, batch=4)
+    assert len(done) == rehearsal.TIMED
+    assert "loops of its own, whose time is not estimated" in rehearsal.report("09", {}, "")
 
 
 def test_an_estimate_is_that_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:

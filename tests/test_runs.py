@@ -457,6 +457,31 @@ def test_recipes_of_one_shape_are_cut_alike() -> None:
     for name, value in shape.items():
         assert len(memory.cut([small(), small(**{name: value})], CPU, 9)) == 2
     assert len(memory.cut([small(), student().replace(model="mlp-16")], CPU, 9)) == 2
+    assert len(memory.cut([small(seed=seed) for seed in range(600)], CPU, 999)) == 3
+
+
+@pytest.mark.parametrize("other", [(small(seed=7), small(seed=8)), (small("mlp-9"),)])
+def test_teachers_that_see_each_batch_are_each_students_own(
+    monkeypatch: pytest.MonkeyPatch, home: Path, other: tuple[Recipe, ...]
+) -> None:
+    """A stack of teachers takes them all for what the first one is."""
+    first = student(jitter=1, precision="fp64")
+    students = [first, first.replace(teacher=other)]
+    assert len(memory.cut(students, CPU, 9)) == 2
+    without_jitter = [one.replace(jitter=0) for one in students]
+    assert len(memory.cut(without_jitter, CPU, 9)) == 1
+    together = kdlib.train_all(students, "cpu", stack=2)
+    alone = elsewhere(monkeypatch, home, students)
+    # The teachers of the first case are a stack, which rounds differently.
+    assert max(map(gap, together, alone)) < 1e-5
+
+
+def test_a_cut_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    memory.cut([small(**MIXED)], CPU)
+    assert torch.equal(torch.rand(1), expected)
 
 
 class TinyNet(nn.Sequential):
@@ -489,6 +514,9 @@ def test_memory_is_that_of_the_recipes_own_data_and_precision() -> None:
     assert memory.needed(recipe, CPU) < single
     alone, seven = (memory.planned(recipe, runs, CPU) for runs in (1, 7))
     assert seven - alone == 6 * memory.needed(recipe, CPU)
+    taught = [small("mlp-8", jitter=j).distil(small("mlp-500"), temperature=2) for j in (0, 1)]
+    # Its teacher's first layer alone, three times.
+    assert memory.needed(taught[1], CPU) - memory.needed(taught[0], CPU) > 3 * 4 * 784 * 500
     larger = memory.planned(Recipe("mlp-16", dataset="mnist-5k"), 0, CPU)
     smaller = alone - memory.needed(recipe, CPU)
     pixels = 64 * (len(images) + len(test_images))

@@ -389,6 +389,12 @@ def test_only_runs_are_pruned(home: Path, key: str) -> None:
     with pytest.raises(StoreError, match="no stored run"):
         store.prune([key])
     assert (home / "data" / "file").exists()
+    elsewhere = home / "data" / "key"
+    elsewhere.mkdir()
+    (elsewhere / "run.json").write_text("{}")
+    with pytest.raises(StoreError, match="no stored run"):
+        store.prune([str(elsewhere)])
+    assert elsewhere.exists()
     assert is_whole(store.read("key"))
     assert store.load_checkpoint(["other"])
 
@@ -434,6 +440,14 @@ def test_a_truncated_checkpoint_is_left_out(left: int) -> None:
         assert store.unfinished() == []
     store.save_checkpoint(["a"], snapshot(2))
     assert store.load_checkpoint(["a"]) is not None
+
+
+def test_a_checkpoint_under_another_name_is_left_out() -> None:
+    store.save_checkpoint(["a"], snapshot(1))
+    (path,) = (store.folder() / ".checkpoints").iterdir()
+    path.rename(path.with_stem("other"))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert store.unfinished() == []
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint")

@@ -68,7 +68,7 @@ OF_A_RATIO: dict[str, Statistic] = {
 }
 # Of three rows' runs, seed by seed, as a claim's "share" is (kdlib/book/claims.py).
 OF_A_GAP: dict[str, Statistic] = {
-    "paired share": lambda closed, gap: float(np.nanmean(np.divide(closed, gap))),
+    "paired share": lambda closed, gap: float(np.nanmean(closed / np.where(gap, gap, np.nan))),
 }
 
 

@@ -241,25 +241,6 @@ def beside(
     )
 
 
-def describe(chapter: str, profile: str = "full") -> str:
-    """One sentence on what the reference run ran on, or that there is none."""
-    if not path(chapter, profile).is_file():
-        return "No reference run is recorded yet, so its column holds “–”."
-    content = _read(path(chapter, profile))
-    lines = [line for lines in content["rows"].values() for line in lines]
-    runs = [line for line in lines if line["recipe"]]
-    last = max(lines, key=lambda line: str(line["provenance"]["date"]))["provenance"]
-    seconds = sum(line["seconds"] for line in runs)
-    time = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
-    datasets = sorted({line["recipe"]["dataset"] for line in runs})
-    name = "reference" if profile == "full" else profile
-    return (
-        f"The {name} run, of which {len(runs)} trainings of {time} in all are recorded: "
-        f"on {', '.join([*datasets, last['device']])}, PyTorch {last['torch']}, "
-        f"{last['date'][:10]}, commit {content['commit'][:10]}."
-    )
-
-
 def _write(place: Path, content: dict[str, Any]) -> Path:
     """With a digest of all that is in it, which `_read` checks."""
     text = json.dumps(
