@@ -129,7 +129,7 @@ def _cpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:
         )
         mean, spread, _ = noise(comparison)
         allowed = f"all within {mean:.0f} ± {DEVIATIONS * spread:.0f}"
-        yield name, "equal results", allowed, all(_equal(row, comparison) for row in peers)
+        yield name, "compatible results", allowed, all(_equal(row, comparison) for row in peers)
 
 
 def _gpu_aims(record: Record) -> Iterable[tuple[str, str, str, bool]]:

@@ -251,7 +251,7 @@ def test_the_aims_are_computed_from_the_times():
         ("4 × the article’s loop, with two threads or two runs side by side", "5.00 × (kdlib)",
          "yes"),
         ("faster than the fastest peer", "4.00 × (torchdistill)", "yes"),
-        ("equal results", "all within 50 ± 3", "yes"),
+        ("compatible results", "all within 50 ± 3", "yes"),
     ]  # fmt: skip
     slow = single | {"step_seconds": 0.005}
     met = [met for *_, met in aims(record(*usual(ours=0.003), slow))]
