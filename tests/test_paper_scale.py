@@ -50,7 +50,7 @@ def test_each_candidate_changes_what_it_names() -> None:
             assert got | settings == got != known[network].as_dict()
 
 
-@pytest.mark.parametrize("experiment", ["tried", "averaged", "rates", "threes"])
+@pytest.mark.parametrize("experiment", ["tried", "averaged", "rates", "gentler", "threes"])
 def test_what_chooses_trains_without_the_held_out_digits(experiment: str) -> None:
     recipes = tool.EXPERIMENTS[experiment].rows(2).values()
     assert all(
