@@ -7,7 +7,7 @@ import torch
 from torch.profiler import profile
 
 from benchmarks import programme
-from benchmarks.systems import Job, Lesson, kdlib_fit, network
+from benchmarks.systems import Job, Training, kdlib_fit, network
 from kdlib import data
 
 
@@ -25,7 +25,7 @@ def table(job: Job, device: torch.device, rows: int = 20) -> str:
 
     dataset = data.load(job.task.dataset, device)
     teacher = network(job.task.teacher, 0).to(device)
-    kdlib_fit(Lesson(job, dataset, teacher, device, after))
+    kdlib_fit(Training(job, dataset, teacher, device, after))
     clock = "cuda" if device.type == "cuda" else "cpu"
     averages = profiler.key_averages()
     return str(averages.table(sort_by=f"self_{clock}_time_total", row_limit=rows))

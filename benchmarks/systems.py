@@ -1,7 +1,7 @@
 """Each system distils the same student from the same teacher, in its own usual way.
 
-A system is a function of a `Lesson`: it trains `lesson.job.steps` steps, calls
-`lesson.after(step)` after each (kdlib: after each turn), and returns the trained students.
+A system is a function of a `Training`: it trains `training.job.steps` steps, calls
+`training.after(step)` after each (kdlib: after each turn), and returns the trained students.
 All descend by SGD with Nesterov momentum at a constant learning rate, from equal weights.
 """
 
@@ -75,7 +75,7 @@ class Job:
 
 
 @dataclass
-class Lesson:
+class Training:
     """All that a system needs, on its device. `note` holds what it wants to have recorded."""
 
     job: Job
@@ -117,20 +117,20 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.split.labels[index])
 
 
-def article(lesson: Lesson) -> Students:
+def article(training: Training) -> Students:
     """The article's loop: a DataLoader, the teacher on every batch, loss and hits read each step.
 
     Left out: its progress bar and its three TensorBoard scalars a step, which slow it further.
     """
-    task, student, teacher = lesson.job.task, lesson.student().train(), lesson.teacher
-    loader = DataLoader(Digits(lesson.dataset.full), task.batch_size, shuffle=True)
+    task, student, teacher = training.job.task, training.student().train(), training.teacher
+    loader = DataLoader(Digits(training.dataset.full), task.batch_size, shuffle=True)
     optimizer = torch.optim.SGD(
         student.parameters(), task.learning_rate, task.momentum, nesterov=True
     )
     hard, soft = nn.CrossEntropyLoss(), nn.KLDivLoss(reduction="batchmean")
     scale, loss_sum, correct, total = task.temperature, 0.0, 0, 0
     for step, (inputs, targets) in enumerate(_endless(loader), 1):
-        inputs, targets = inputs.to(lesson.device), targets.to(lesson.device)
+        inputs, targets = inputs.to(training.device), targets.to(training.device)
         optimizer.zero_grad()
         logits = student(inputs)
         with torch.no_grad():
@@ -143,18 +143,18 @@ def article(lesson: Lesson) -> Students:
         loss_sum += loss.item()
         total += len(targets)
         correct += logits.argmax(1).eq(targets).sum().item()
-        if lesson.after(step):
+        if training.after(step):
             break
     return [student]
 
 
-def torchdistill(lesson: Lesson) -> Students:
+def torchdistill(training: Training) -> Students:
     """torchdistill's box, configured as its examples are, on the article's data loader."""
     from torchdistill.core.distillation import get_distillation_box
 
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
-    task, student = lesson.job.task, lesson.student()
-    ends = {"teacher": _last(lesson.teacher), "student": _last(student)}
+    task, student = training.job.task, training.student()
+    ends = {"teacher": _last(training.teacher), "student": _last(student)}
     sides = {
         side: {
             "forward_proc": "forward_batch_only",
@@ -193,33 +193,33 @@ def torchdistill(lesson: Lesson) -> Students:
         },
     }
     box = get_distillation_box(
-        lesson.teacher,
+        training.teacher,
         student,
-        {"train": Digits(lesson.dataset.full)},
+        {"train": Digits(training.dataset.full)},
         config,
-        lesson.device,
+        training.device,
         None,
         False,
         1,
     )
     box.pre_epoch_process(epoch=0)
     for step, (inputs, targets, extra) in enumerate(_endless(box.train_data_loader), 1):
-        inputs, targets = inputs.to(lesson.device), targets.to(lesson.device)
+        inputs, targets = inputs.to(training.device), targets.to(training.device)
         loss = box.forward_process(inputs, targets, extra)
         box.post_forward_process(loss)
-        if lesson.after(step):
+        if training.after(step):
             break
     return [student]
 
 
-def keras(lesson: Lesson) -> Students:
+def keras(training: Training) -> Students:
     """Keras's Distiller on the torch backend: `fit` on arrays that lie ready as floats."""
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
 
     keras.config.set_image_data_format("channels_first")  # torch's own layout, the faster here
-    task, network = lesson.job.task, lesson.student()
-    teacher, student = _to_keras(lesson.teacher), _to_keras(network)
+    task, network = training.job.task, training.student()
+    teacher, student = _to_keras(training.teacher), _to_keras(network)
     distiller = keras.distillation.Distiller(
         teacher=teacher,
         student=student,
@@ -242,14 +242,14 @@ def keras(lesson: Lesson) -> Students:
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.done += 1
-            self.model.stop_training = lesson.after(self.done)
+            self.model.stop_training = training.after(self.done)
 
-    full = lesson.dataset.full
+    full = training.dataset.full
     distiller.fit(
         data.to_input(full.images).cpu().numpy(),
         full.labels.cpu().numpy(),
         batch_size=task.batch_size,
-        epochs=lesson.job.steps,  # more than needed: Turns stops it
+        epochs=training.job.steps,  # more than needed: Turns stops it
         verbose=0,
         callbacks=[Turns()],
     )
@@ -257,22 +257,22 @@ def keras(lesson: Lesson) -> Students:
     return [network]
 
 
-def kdlib_fit(lesson: Lesson) -> Students:
+def kdlib_fit(training: Training) -> Students:
     """kdlib.fit: one student, or a stack of them; the teacher asked once, or on every batch."""
-    job, task = lesson.job, lesson.job.task
-    students = [lesson.student(run) for run in range(job.runs)]
-    full, teacher = lesson.dataset.full, lesson.teacher
+    job, task = training.job, training.job.task
+    students = [training.student(run) for run in range(job.runs)]
+    full, teacher = training.dataset.full, training.teacher
     targets = [full.labels]
     if job.cached:
         started = time.perf_counter()
         targets.append(loop.predict(teacher, full.images))
-        lesson.note["teacher_seconds"] = time.perf_counter() - started
+        training.note["teacher_seconds"] = time.perf_counter() - started
     model: nn.Module = students[0]
     scale: float | Tensor = job.temperature(0)
     if job.runs > 1:
         model, teacher = loop.Stack(students), loop.Stack([teacher] * job.runs)
         scale = torch.tensor([job.temperature(run) for run in range(job.runs)])
-        scale = scale.to(lesson.device)
+        scale = scale.to(training.device)
 
     def loss(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
         return losses.distillation_loss(
@@ -280,10 +280,10 @@ def kdlib_fit(lesson: Lesson) -> Students:
         )
 
     def on_report(state: loop.State) -> None:
-        last = lesson.after(state.step)
-        if last and lesson.device.type == "cuda":  # the memory of training and of evaluation
-            loop.count_errors(model, lesson.dataset.test.images, lesson.dataset.test.labels)
-            lesson.note["peak_bytes"] = torch.cuda.max_memory_allocated(lesson.device)
+        last = training.after(state.step)
+        if last and training.device.type == "cuda":  # the memory of training and of evaluation
+            loop.count_errors(model, training.dataset.test.images, training.dataset.test.labels)
+            training.note["peak_bytes"] = torch.cuda.max_memory_allocated(training.device)
 
     kdlib.fit(
         model,
@@ -306,12 +306,12 @@ def kdlib_fit(lesson: Lesson) -> Students:
     return students
 
 
-def kdlib_in_turn(lesson: Lesson) -> Students:
+def kdlib_in_turn(training: Training) -> Students:
     """A process of a sweep, as `train_all` runs one for each thread of a CPU: its students
     one after another, the teacher asked once."""
-    job, task, full = lesson.job, lesson.job.task, lesson.dataset.full
-    taught = loop.predict(lesson.teacher, full.images)
-    students = [lesson.student(run) for run in range(job.runs)]
+    job, task, full = training.job, training.job.task, training.dataset.full
+    taught = loop.predict(training.teacher, full.images)
+    students = [training.student(run) for run in range(job.runs)]
     states: dict[int, dict[str, Any]] = {}
     for done in range(job.every, job.steps + 1, job.every):
         for run, student in enumerate(students):
@@ -343,11 +343,11 @@ def kdlib_in_turn(lesson: Lesson) -> Students:
                 precision=job.precision,
                 seed=job.seed + run,
             )
-        lesson.after(done)
+        training.after(done)
     return students
 
 
-SYSTEMS: dict[str, Callable[[Lesson], Students]] = {
+SYSTEMS: dict[str, Callable[[Training], Students]] = {
     "article": article,
     "keras": keras,
     "torchdistill": torchdistill,

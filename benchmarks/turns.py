@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.systems import SYSTEMS, Job, Lesson, network
+from benchmarks.systems import SYSTEMS, Job, Training, network
 from kdlib import data, loop
 
 
@@ -39,12 +39,12 @@ def take(jobs: Sequence[Job], device: str, teachers: Path) -> list[Result]:
     """Results of jobs that train side by side, turn by turn. A failure is one of them."""
     results = [Result(job) for job in jobs]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_crew(job, device, teachers)) for job in jobs]
-        going = [pair for pair in zip(results, workers, strict=True) if _hear(*pair) == "ready"]
+        workers = [stack.enter_context(_start(job, device, teachers)) for job in jobs]
+        going = [pair for pair in zip(results, workers, strict=True) if _receive(*pair) == "ready"]
         while going:
             for result, worker in list(going):
                 worker.send("go")
-                if _hear(result, worker) != "turn":
+                if _receive(result, worker) != "turn":
                     going.remove((result, worker))
     for result in results:
         result.seconds = result.seconds[1:]  # the first turn was the warm-up
@@ -52,8 +52,8 @@ def take(jobs: Sequence[Job], device: str, teachers: Path) -> list[Result]:
 
 
 @dataclass
-class Crew:
-    """The processes of a job as one: told together, and as slow as the slowest."""
+class Workers:
+    """The processes of a job as one: sent each word together, and as slow as the slowest."""
 
     lines: list[Connection]
 
@@ -74,26 +74,26 @@ class Crew:
 
 
 @contextlib.contextmanager
-def _crew(job: Job, device: str, teachers: Path) -> Iterator[Crew]:
+def _start(job: Job, device: str, teachers: Path) -> Iterator[Workers]:
     """Processes that wait for their turns, each with a share of the runs; gone at the end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.turns"])  # PyTorch is imported once, not run
     share = job.runs // job.processes
     threads = (job.threads or torch.get_num_threads()) // job.processes
-    crew, processes = Crew([]), []
+    group, processes = Workers([]), []
     for number in range(job.processes):
         here, there = context.Pipe()
         part = replace(job, runs=share, seed=job.seed + number * share, processes=1)
         given = (there, part, device, teachers, max(1, threads))
         process: BaseProcess = context.Process(target=work, args=given)
         process.start()
-        there.close()  # so that the end of the process is heard
-        crew.lines.append(here)
+        there.close()  # so that the end of the process is noticed
+        group.lines.append(here)
         processes.append(process)
     try:
-        yield crew
+        yield group
     finally:
-        for line in crew.lines:
+        for line in group.lines:
             line.close()
         for process in processes:
             process.join(30)
@@ -102,7 +102,7 @@ def _crew(job: Job, device: str, teachers: Path) -> Iterator[Crew]:
                 process.join()
 
 
-def _hear(result: Result, worker: Crew) -> str:
+def _receive(result: Result, worker: Workers) -> str:
     """The worker's next word, what comes with it noted down."""
     try:
         word, content = worker.recv()
@@ -147,14 +147,14 @@ def _train(
             started = time.perf_counter()
         return step >= job.steps
 
-    lesson = Lesson(job, dataset, teacher(job.task.teacher, teachers).to(device), device, after)
+    training = Training(job, dataset, teacher(job.task.teacher, teachers).to(device), device, after)
     line.send(("ready", None))
     line.recv()
     started = time.perf_counter()
-    students = SYSTEMS[job.system](lesson)
+    students = SYSTEMS[job.system](training)
     test = dataset.test
     errors = [loop.count_errors(one.eval(), test.images, test.labels) for one in students]
-    return errors, lesson.note | {"threads": torch.get_num_threads()}
+    return errors, training.note | {"threads": torch.get_num_threads()}
 
 
 def teacher(name: str, folder: Path) -> torch.nn.Module:

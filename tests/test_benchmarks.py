@@ -21,8 +21,8 @@ PLAIN = systems.Task("mlp-16x16", "mlp-8", batch_size=64, dataset="mnist-5k", le
 STEPS = 8
 
 
-def lesson(task, system, **options):
-    """A lesson whose one batch is the whole of its data: the order of samples is immaterial."""
+def a_training(task, system, **options):
+    """A training whose one batch is the whole of its data: the order of samples is immaterial."""
     whole = data.load("mnist-5k", "cpu")
     some = whole.train[::50][:64]
     none = data.Split(some.images[:0], some.labels[:0])
@@ -31,34 +31,34 @@ def lesson(task, system, **options):
     teacher = systems.network(task.teacher, 7).requires_grad_(False)
     for weight in teacher.parameters():
         weight.mul_(3)  # an untrained teacher says little otherwise
-    return systems.Lesson(job, small, teacher, torch.device("cpu"), lambda step: step >= STEPS)
+    return systems.Training(job, small, teacher, torch.device("cpu"), lambda step: step >= STEPS)
 
 
-def loss(network, lesson):
-    """What the lesson's student is to make small, on all the samples."""
-    task, full = lesson.job.task, lesson.dataset.full
+def loss(network, training):
+    """What the training's student is to make small, on all the samples."""
+    task, full = training.job.task, training.dataset.full
     inputs = data.to_input(full.images)
     with torch.no_grad():
         return losses.distillation_loss(
             network(inputs),
-            lesson.teacher(inputs),
+            training.teacher(inputs),
             full.labels,
             temperature=task.temperature,
             hard_weight=task.hard_weight,
         ).item()
 
 
-def by_hand(lesson):
+def by_hand(training):
     """The same descent in its plainest form: (students, loss before)."""
-    task, full, student = lesson.job.task, lesson.dataset.full, lesson.student()
-    before = loss(student, lesson)
+    task, full, student = training.job.task, training.dataset.full, training.student()
+    before = loss(student, training)
     inputs = data.to_input(full.images)
     sgd = torch.optim.SGD(student.parameters(), task.learning_rate, task.momentum, nesterov=True)
     soft = nn.KLDivLoss(reduction="batchmean")
     for _ in range(STEPS):
         sgd.zero_grad()
         logits, scale = student(inputs), task.temperature
-        kl = soft((logits / scale).log_softmax(1), (lesson.teacher(inputs) / scale).softmax(1))
+        kl = soft((logits / scale).log_softmax(1), (training.teacher(inputs) / scale).softmax(1))
         hard = nn.functional.cross_entropy(logits, full.labels)
         (task.hard_weight * hard + (1 - task.hard_weight) * scale**2 * kl).backward()
         sgd.step()
@@ -79,7 +79,7 @@ SAME = [
 @pytest.mark.parametrize("task", [TASK, PLAIN], ids=["lenet", "mlp"])
 @pytest.mark.parametrize(("system", "options"), SAME)
 def test_every_system_takes_the_same_steps(task, system, options):
-    given = lesson(task, system, **options)
+    given = a_training(task, system, **options)
     expected, before = by_hand(given)
     student = systems.SYSTEMS[system](given)[0]
     after = loss(student, given)
@@ -120,7 +120,7 @@ def test_systems_take_turns_and_the_first_turn_is_not_counted(monkeypatch):
         spoken = [("turn", second) for second in (9.0, 3.0, 1.0, 2.0)]
         yield Told(job.system, [("ready", None), *spoken, ("done", ([7], {}))], order)
 
-    monkeypatch.setattr(turns, "_crew", worker)
+    monkeypatch.setattr(turns, "_start", worker)
     jobs = [systems.Job(TASK, name, steps=40, every=10, runs=2) for name in "AB"]
     first, second = turns.take(jobs, "cpu", Path())
     assert "".join(order) == "AB" * 5
@@ -146,15 +146,15 @@ def test_a_process_that_dies_is_heard():
     here, there = multiprocessing.Pipe()
     there.close()
     result = turns.Result(systems.Job(TASK, "kdlib", steps=2, every=1))
-    assert turns._hear(result, turns.Crew([here])) == "failed"
+    assert turns._receive(result, turns.Workers([here])) == "failed"
     assert "died" in result.failure
 
 
 def test_a_job_in_processes_is_as_slow_as_the_slowest_and_keeps_the_order_of_its_runs(tmp_path):
     lines = [Told(name, [("turn", seconds)], []) for name, seconds in (("A", 2.0), ("B", 3.0))]
-    assert turns.Crew(lines).recv() == ("turn", 3.0)
+    assert turns.Workers(lines).recv() == ("turn", 3.0)
     lines = [Told("A", [("turn", 2.0)], []), Told("B", [("failed", "why")], [])]
-    assert turns.Crew(lines).recv() == ("failed", "why")
+    assert turns.Workers(lines).recv() == ("failed", "why")
 
     torch.save(systems.network("mlp-8", 0).state_dict(), tmp_path / "mlp-8.pt")
     task = systems.Task("mlp-8", "mlp-8", 16, dataset="mnist-5k", learning_rate=0.1)
