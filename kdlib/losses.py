@@ -78,7 +78,7 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Numbe
     kind = student_logits.dtype
     if _needs_float64(temperature):
         student_logits, teacher_logits = student_logits.double(), teacher_logits.double()
-    elif kind in (torch.bfloat16, torch.float16):
+    elif {kind, teacher_logits.dtype} & {torch.bfloat16, torch.float16}:
         # The divergence is a difference of nearly equal terms: they need more digits.
         student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     teacher = _log_soften(teacher_logits, temperature)

@@ -39,7 +39,7 @@ def cut(
         shape = [getattr(recipe, field) for field in _SHAPE]
         # With jitter the teachers see each batch, as a stack of their own; without it their
         # logits are data.
-        teachers = [(t.model, t.precision) for t in recipe.teacher if recipe.jitter]
+        teachers = [(t.model, t.dropout, t.precision) for t in recipe.teacher if recipe.jitter]
         shape += bool(recipe.teacher), tuple(teachers)
         shape += bool(recipe.label_smoothing), group.steps(recipe, device)
         shapes.setdefault(tuple(shape), []).append(recipe)
@@ -78,10 +78,11 @@ def needed(recipe: Recipe, device: torch.device) -> int:
     # Weights, velocity, gradients and their copies; activations with gradients, and inputs.
     numbers = 6 * weights + 3 * batch * (outputs + inputs[0].numel())
     # With jitter each run has its teachers on the device: built, stacked and laid out.
+    taught = 0
     for teacher in recipe.teacher if recipe.jitter else ():
-        numbers += 3 * sum(weight.numel() for weight in group.build(teacher).parameters())
+        taught += 3 * sum(weight.nbytes for weight in group.build(teacher).parameters())
     size: int = kind.itemsize
-    return size * numbers + 2 * drawn + len(samples) * classes * 4
+    return size * numbers + taught + 2 * drawn + len(samples) * classes * 4
 
 
 def planned(recipe: Recipe, runs: int, device: torch.device) -> int:

@@ -45,8 +45,8 @@ def _check_tf32_can_be_switched() -> None:
         # PyTorch has older and newer switches, and refuses the older once a newer one is set.
         raise RuntimeError(
             "TF32 is set by an fp32_precision attribute of torch.backends, which kdlib cannot put "
-            'back after a training: set it to "none" before, or use '
-            'torch.set_float32_matmul_precision("high"); trainings take precision="tf32"'
+            'back after a training: call torch.set_float32_matmul_precision("highest") and set '
+            'torch.backends.cudnn.allow_tf32 = True before; trainings take precision="tf32"'
         ) from error
 
 

@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import torch
@@ -183,20 +184,18 @@ def save_checkpoint(keys: Sequence[str], snapshot: dict[str, Any]) -> None:
 def load_checkpoint(keys: Sequence[str]) -> dict[str, Any] | None:
     """The state of an unfinished group, tensors on the CPU, or None."""
     path = _checkpoint(keys)
-    head = _head(path)
-    if head is None:
-        return None
     try:
-        state = path.read_bytes().partition(b"\n")[2]
+        with path.open("rb") as file:
+            head, state = _head(path, file), file.read()
         # PyTorch's own format does not notice a changed byte among the weights.
         if hashlib.sha256(state).hexdigest() != head.get("digest"):
-            raise OSError("its bytes have changed")
+            raise ValueError("its bytes have changed")
         return torch.load(  # type: ignore[no-any-return]
             io.BytesIO(state), map_location="cpu", weights_only=True
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         _leave_out(path, error)
         return None
 
@@ -211,29 +210,39 @@ def drop_checkpoint(keys: Sequence[str]) -> None:
 
 def unfinished() -> list[list[str]]:
     """The keys of each group that has a checkpoint, in the group's order."""
-    found = map(_head, sorted((folder() / ".checkpoints").glob("*.pt")))
-    return [head["keys"] for head in found if head]
+    found = []
+    for path in sorted((folder() / ".checkpoints").glob("*.pt")):
+        try:
+            with path.open("rb") as file:
+                found.append(_head(path, file)["keys"])
+        except FileNotFoundError:  # its group is finished
+            continue
+        except _DAMAGE as error:
+            _leave_out(path, error)
+    return found
 
 
-def _head(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's first line, or None where it is missing or damaged."""
-    try:
-        with path.open("rb") as file:
-            line = file.readline()
-            size = file.seek(0, io.SEEK_END)
-        head: dict[str, Any] = json.loads(line)
-        if len(line) + head["bytes"] != size or _checkpoint(head["keys"]) != path:
-            raise ValueError("it is cut short or changed")
-        return head
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        _leave_out(path, error)
-        return None
+_DAMAGE = OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError
+
+
+def _head(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """A checkpoint's first line; `file` is then at its state. One of _DAMAGE if it is none."""
+    line = file.readline()
+    head: dict[str, Any] = json.loads(line)
+    if (
+        len(line) + head["bytes"] != os.fstat(file.fileno()).st_size
+        or _checkpoint(head["keys"]) != path
+    ):
+        raise ValueError("it is cut short or changed")
+    return head
 
 
 def _leave_out(path: Path, error: Exception) -> None:
-    warnings.warn(f"the checkpoint {path} is damaged ({error}): left out", stacklevel=4)
+    warnings.warn(
+        f"the checkpoint {path} is damaged or of another version ({error}): left out; "
+        "`kdlib runs --prune` removes it",
+        stacklevel=3,
+    )
 
 
 def _checkpoint(keys: Sequence[str]) -> Path:

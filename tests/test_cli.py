@@ -593,11 +593,18 @@ def test_a_page_is_outdated_by_its_source_its_parameters_and_the_reference(root:
     assert digest() != first
     claims.unlink()
     # A record that the page shows beside its own.
-    other = root / "book/reference/other/01_first.json"
+    other = root / "book/reference/other/02_second.json"
     other.parent.mkdir()
     other.write_text("{}")
-    assert digest() != first
+    assert digest() == first
+    path = root / "book/01_first.ipynb"
+    source = json.loads(path.read_text())
+    source["cells"].append(nbformat.v4.new_code_cell("reference.results('02_second', 'other')"))
+    path.write_text(json.dumps(source))
+    showing = digest()
     other.unlink()
+    assert digest() not in (first, showing)
+    first = digest()
     path = root / "book/01_first.ipynb"
     source = json.loads(path.read_text())
     source["cells"][0]["source"] = "# Another title"

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -540,16 +541,54 @@ def test_the_fused_update_copies_none_of_a_stacks_weights() -> None:
     assert [update.cpu_children for update in updates] == [[], []]
 
 
-def test_a_stack_in_bf16_computes_what_its_networks_do() -> None:
-    layer = nn.Linear(8, 4)  # the whole network, so that its bias has no other name
-    for alone, shape in ((network("mlp-12x12"), (1, 28, 28)), (layer, (8,))):
-        inputs = torch.rand(2, 5, *shape)
+MIXED = {
+    "mlp": lambda: (network("mlp-12x12"), (1, 28, 28)),
+    "lenet": lambda: (network("lenet"), (1, 28, 28)),
+    "a layer alone": lambda: (nn.Linear(8, 4), (8,)),  # its parameters have no other name
+    "PReLU": lambda: (nn.Sequential(nn.Linear(8, 6), nn.PReLU(6), nn.Linear(6, 4)), (8,)),
+    "convolution": lambda: (
+        nn.Sequential(
+            nn.Linear(8, 16), nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 2, 3),
+            nn.ConvTranspose2d(2, 1, 3), nn.Flatten(), nn.Linear(16, 4),
+        ),
+        (8,),
+    ),
+    "tied": lambda: (Tied(), (1, 28, 28)),
+    "float64": lambda: (network("mlp-12x12").double(), (1, 28, 28)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_stack_in_bf16_computes_what_its_networks_do(name: str) -> None:
+    """Each layer in the same precision: vmap hides from autocast what it would convert."""
+    torch.manual_seed(0)
+    alone, shape = MIXED[name]()
+    stack = kdlib.Stack([alone, alone])
+    inputs = torch.rand(2, 5, *shape, dtype=next(alone.parameters()).dtype)
+
+    def outputs(model: nn.Module, watched: nn.Module) -> tuple[Tensor, list[torch.dtype]]:
+        seen: list[torch.dtype] = []
+        layers = [layer for layer in watched.modules() if not list(layer.children())]
+        hooks = [
+            layer.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+            for layer in layers
+        ]
         with torch.autocast("cpu", torch.bfloat16):
-            expected = torch.stack([alone(batch) for batch in inputs])
-            logits = kdlib.Stack([alone, alone])(inputs)
-        assert logits.dtype == expected.dtype == torch.bfloat16
-        # A stack rounds twice, a layer's product and its sum with the bias.
-        torch.testing.assert_close(logits, expected, rtol=0, atol=2**-8)
+            if model is stack:
+                logits = stack(inputs)
+            else:
+                logits = torch.stack([model(batch) for batch in inputs])
+        for hook in hooks:
+            hook.remove()
+        return logits, seen[: len(layers)]
+
+    expected, of_layers = outputs(alone, alone)
+    logits, of_stack = outputs(stack, stack._skeleton[0])
+    assert of_stack == of_layers
+    logits.double().sum().backward()
+    # A stack rounds twice, a layer's product and its sum with the bias.
+    exact = expected.dtype == torch.float64
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12 if exact else 2**-7)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -575,15 +614,23 @@ def test_targets_that_are_no_labels_are_not_counted() -> None:
     assert "train_accuracy" not in curves
 
 
-def test_tf32_that_cannot_be_put_back_is_refused() -> None:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        with pytest.raises(RuntimeError, match=r'which kdlib cannot put back.*"none" before'):
-            loop.fit(network(), (IMAGES, LABELS), CE, steps=3, batch_size=20)
-    finally:
-        matmul.fp32_precision = before
+@pytest.mark.parametrize("part", ["cuda.matmul", "cudnn.conv"])
+def test_tf32_that_cannot_be_put_back_is_refused(part: str) -> None:
+    operation = attrgetter(part)(torch.backends)
+    operation.fp32_precision = "ieee" if part == "cudnn.conv" else "tf32"
+    with pytest.raises(RuntimeError, match=r'cannot put back.*precision\("highest"\)'):
+        loop.fit(network(), (IMAGES, LABELS), CE, steps=3, batch_size=20)
+    # What the message says:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
     loop.fit(network(), (IMAGES, LABELS), CE, steps=3, batch_size=20)
+
+
+def test_networks_that_are_frozen_differently_make_no_stack() -> None:
+    runs = [network(), network()]
+    next(runs[0].parameters()).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"some MLP have frozen weights .* the same ones in all"):
+        kdlib.Stack(runs)
 
 
 def test_networks_with_buffers_make_no_stack() -> None:

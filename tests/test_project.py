@@ -161,6 +161,9 @@ def test_the_classic_trio_is_recorded_apart_and_goes_on_where_it_was(tmp_path, m
     seconds = [run.seconds for run in rows["teacher"]]
     classic.main([*few, "--commit", "c0ffee"])
     again = reference.results(classic.CHAPTER, trial)["teacher"]
+    for smaller in (["--seeds", "1"], ["--passes", "0.05"]):
+        with pytest.raises(SystemExit, match=r"has 2 seeds of 0.1 epochs.*move that file away"):
+            classic.main([*few, *smaller, "--commit", "c0ffee"])
     assert [run.seconds for run in again] == seconds
 
 

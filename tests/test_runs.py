@@ -460,7 +460,9 @@ def test_recipes_of_one_shape_are_cut_alike() -> None:
     assert len(memory.cut([small(seed=seed) for seed in range(600)], CPU, 999)) == 3
 
 
-@pytest.mark.parametrize("other", [(small(seed=7), small(seed=8)), (small("mlp-9"),)])
+@pytest.mark.parametrize(
+    "other", [(small(seed=7), small(seed=8)), (small("mlp-9"),), (small(dropout=(0.1, 0.2)),)]
+)
 def test_teachers_that_see_each_batch_are_each_students_own(
     monkeypatch: pytest.MonkeyPatch, home: Path, other: tuple[Recipe, ...]
 ) -> None:

@@ -7,6 +7,7 @@ same schedule, compressed. An interrupted run goes on with the same command.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import kdlib
@@ -39,15 +40,19 @@ def main(arguments: list[str] | None = None) -> Path:
     given = parser.parse_args(arguments)
     # Where no commit is known nothing can be recorded, so nothing should be trained.
     commit = given.commit or reference.current_commit()
+    # A trial on other data has a record of its own.
+    profile = "classic" if given.dataset == "mnist" else "classic_trial"
+    known = (reference.results(CHAPTER, profile) or {}).get("teacher", [])
+    longest = max((run.recipe.epochs for run in known if run.recipe), default=0)
+    if given.seeds < len(known) or given.passes < longest:
+        sys.exit(
+            f"classic: {reference.path(CHAPTER, profile)} has {len(known)} seeds of {longest:g} "
+            f"epochs, which {given.seeds} of {given.passes:g} would replace: move that file away"
+        )
     changes = {"epochs": given.passes, "dataset": given.dataset, "precision": given.precision}
     runs = kdlib.train_all(recipes(given.seeds, **changes), given.device)
     names = "teacher", "plain student", "distilled student"
     rows = {name: runs[i * given.seeds : (i + 1) * given.seeds] for i, name in enumerate(names)}
-    # What is on other data, or shorter than the record, is a trial with a record of its own.
-    known = (reference.results(CHAPTER, "classic") or {}).get("teacher", [])
-    longest = max((run.recipe.epochs for run in known if run.recipe), default=0)
-    is_trial = given.dataset != "mnist" or given.passes < longest
-    profile = "classic_trial" if is_trial else "classic"
     return reference.write(CHAPTER, profile, rows, vars(given), commit)
 
 

@@ -295,10 +295,10 @@ def digest_of_sources(job: Job) -> str:
     cells = [(cell["cell_type"], cell["source"], cell["metadata"]) for cell in notebook["cells"]]
     library = Path(__file__).parents[1]
     sources = [path for path in sorted(library.rglob("*.py")) if path.name not in MAKERS]
-    book, text = root() / "book", json.dumps(cells)
+    book, code = root() / "book", json.dumps([cell for cell in cells if cell[0] == "code"])
     records = sorted((book / "reference").rglob("*.json"))
     # A page may show other chapters' records too.
-    sources += [path for path in records if path.stem == job.chapter or path.stem in text]
+    sources += [path for path in records if path.stem == job.chapter or path.stem in code]
     sources += (book / "claims").glob(f"{job.chapter}.yml")
     sources += sorted((library / "pretrained_weights").glob("*.json"))
     return files.digest([cells, job.parameters, *(p.read_text(encoding="utf-8") for p in sources)])
