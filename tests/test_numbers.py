@@ -2,6 +2,7 @@
 
 import statistics
 
+import numpy as np
 import pytest
 import scipy.stats
 
@@ -123,3 +124,8 @@ def test_a_recipes_numbers_are_named_like_metrics(monkeypatch: pytest.MonkeyPatc
     assert numbers.value("slow/learning_rate/mean:g", HERE) == "0.05"
     with pytest.raises(ValueError, match="'model' is not known"):
         numbers.value("slow/model/mean", HERE)
+
+
+def test_a_seed_without_a_gap_has_no_share_of_it() -> None:
+    share = numbers.OF_A_GAP["paired share"]
+    assert share(np.array([1.0, 2.0]), np.array([2.0, 0.0])) == 0.5

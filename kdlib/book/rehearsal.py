@@ -51,8 +51,8 @@ def start(ledger: str) -> None:
         for module in (kdlib, runs, loop, reference):
             if hasattr(module, name):
                 setattr(module, name, function)
-    real_steps = reasoning.fit
-    reasoning.fit = lambda *given, steps, **rest: real_steps(
+    fit_reasoner = reasoning.fit
+    reasoning.fit = lambda *given, steps, **rest: fit_reasoner(
         *given, steps=min(steps, TIMED), **rest
     )
 
