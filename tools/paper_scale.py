@@ -416,8 +416,8 @@ class Record:
                 if line is not None and line.recipe != recipe:
                     raise ValueError(
                         f"{reference.path(self.chapter, self.profile)} has seed {seed} of {row!r} "
-                        "with another recipe: run the code that recorded it, or move that file away "
-                        "to record all of it again"
+                        "with another recipe: run the code that recorded it, or move that file "
+                        "away to record all of it again"
                     )
         lacking = {
             seed: {row: rows[row] for row in rows if seed not in known.get(row, {})}
